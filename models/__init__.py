@@ -1,0 +1,1 @@
+"""Tensors to tensors. Knows nothing of files, ranks or flags."""

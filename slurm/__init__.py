@@ -1,0 +1,1 @@
+"""Ablation grids as SLURM arrays."""

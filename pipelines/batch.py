@@ -1,0 +1,127 @@
+"""The contract of every loader: what a `Batch` holds, and in which order samples come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+from cossl.pipelines.positions import PositionSpec, sample_positions
+from cossl.pipelines.views import ViewSpec
+
+
+@dataclass(frozen=True)
+class Batch:
+    """b samples in v views each, and the geometry they were cut with.
+
+    `views` holds one tensor per view size, in the order of the recipe, each view a channels-last slice of
+    it. Boxes are (left, top, right, bottom) as fractions of the source picture, flips are already rendered
+    into the pixels, positions are row * n + column in the feature map (-1: no position qualified), and
+    `photometry` holds the parameters that `augment` renders (columns: `cossl.pipelines.geometry.PHOTOMETRY`).
+    """
+
+    views: tuple[UInt8[Tensor, "v b 3 s s"], ...]
+    boxes: Float[Tensor, "b v 4"]
+    flips: Bool[Tensor, "b v"]
+    positions: Int[Tensor, "b v k"]
+    photometry: Float[Tensor, "b v 8"]
+    index: Int[Tensor, "b"]
+    label: Int[Tensor, "b"]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`; from pinned memory the copy does not wait."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved["views"] = tuple(view.to(device, non_blocking=True) for view in self.views)
+        return Batch(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()})
+
+    def split(self) -> list[UInt8[Tensor, "b 3 s s"]]:
+        """Each view on its own, in the recipe's order; no copy."""
+        return [view for same_size in self.views for view in same_size]
+
+
+class Loader(Protocol):
+    """Batches of one picture set. `epoch` is a pure function of its arguments: workers, ranks and restarts change nothing."""
+
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """Steps in an epoch."""
+
+    @property
+    def num_samples(self) -> int:
+        """Pictures in the set."""
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """The batches of `epoch` from `start_step` on."""
+
+    def picture(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
+        """The whole source picture, as boxes refer to it."""
+
+    def close(self) -> None:
+        """Give back threads, processes and files."""
+
+
+@dataclass(frozen=True)
+class LoaderSpec:
+    """What a loader is asked for, whichever backend answers."""
+
+    recipe: tuple[ViewSpec, ...]
+    batch_size: int
+    seed: int = 0
+    positions: PositionSpec | None = None
+    workers: int = 2
+    shuffle: bool = True
+    """Training: a new order every epoch, the last incomplete batch dropped. Else: file order, every picture once."""
+
+    def steps(self, num_samples: int) -> int:
+        if not num_samples:
+            raise ValueError("the picture set is empty: nothing to load")
+        if not self.shuffle:
+            return -(-num_samples // self.batch_size)
+        if self.batch_size > num_samples:
+            raise ValueError(f"batch size {self.batch_size} is larger than the set of {num_samples} pictures: use --batch-size {num_samples} or less")
+        return num_samples // self.batch_size
+
+    def order(self, num_samples: int, epoch: int) -> Int[np.ndarray, "n"]:
+        """Sample indices in the order of this epoch: a function of (seed, epoch) alone."""
+        if not self.shuffle:
+            return np.arange(num_samples)
+        return np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(num_samples)
+
+    def batches(self, num_samples: int, epoch: int, start_step: int) -> Iterator[Int[np.ndarray, "b"]]:
+        order = self.order(num_samples, epoch)
+        for step in range(start_step, self.steps(num_samples)):
+            yield order[step * self.batch_size : (step + 1) * self.batch_size]
+
+
+def assemble(
+    spec: LoaderSpec,
+    epoch: int,
+    views: list[np.ndarray],
+    boxes: Float[np.ndarray, "b v 4"],
+    flips: Bool[np.ndarray, "b v"],
+    photometry: Float[np.ndarray, "b v 8"],
+    index: Int[np.ndarray, "b"],
+    label: Int[np.ndarray, "b"],
+) -> Batch:
+    """A `Batch` from what a loader rendered: views uint8 [b s s 3] in the recipe's order, boxes as in `Batch`."""
+    groups: dict[int, list[np.ndarray]] = {}
+    for view, pixels in zip(spec.recipe, views, strict=True):
+        groups.setdefault(view.size_px, []).append(pixels)
+    positions = np.empty((*flips.shape, 0), np.int64)
+    if spec.positions is not None:
+        positions = sample_positions(spec.positions, spec.seed, epoch, index, boxes, flips)
+    return Batch(
+        views=tuple(torch.from_numpy(np.stack(group)).permute(0, 1, 4, 2, 3) for group in groups.values()),
+        boxes=torch.from_numpy(boxes),
+        flips=torch.from_numpy(flips),
+        positions=torch.from_numpy(positions),
+        photometry=torch.from_numpy(photometry),
+        index=torch.from_numpy(index.astype(np.int64)),
+        label=torch.from_numpy(label.astype(np.int64)),
+    )

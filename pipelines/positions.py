@@ -1,0 +1,106 @@
+"""Spatial co-occurrence sampling: which feature-map positions of each view take part in the local loss.
+
+A position is row * n + column of the n x n feature map. It looks at a square of `receptive_field_px` around its centre
+`offset_px + stride_px * (column, row)`, in pixels of the view; the crop box and the flip carry it to the source picture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from numba import njit
+
+from cossl.pipelines.geometry import POSITIONS, stream, uniform
+
+Strategy = Literal["all", "uniform", "overlap"]
+STRATEGIES: dict[str, int] = {"all": 0, "uniform": 1, "overlap": 2}
+_ALL, _OVERLAP = STRATEGIES["all"], STRATEGIES["overlap"]
+
+
+@dataclass(frozen=True)
+class PositionSpec:
+    """A strategy, how many positions per view, and the model's position grid in plain numbers.
+
+    all: every position. uniform: `count` different ones at random. overlap: `count` at random among those whose
+    centre lies in another view's crop; where fewer qualify the rest is -1, and the loss leaves them out.
+    """
+
+    strategy: Strategy
+    count: int
+    size: int
+    stride_px: float
+    offset_px: float
+    receptive_field_px: float
+    view_px: int
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"unknown position strategy {self.strategy!r}: expected one of {', '.join(STRATEGIES)}")
+        if not 1 <= self.count <= self.size**2:
+            raise ValueError(f"{self.count} positions asked for, but the {self.size} x {self.size} map has 1 to {self.size**2}")
+        if self.strategy == "all" and self.count != self.size**2:
+            raise ValueError(f"strategy 'all' takes all {self.size**2} positions, not {self.count}: leave the count at 0, or choose 'uniform'")
+
+
+@njit(cache=True, nogil=True)
+def _source_point(x: float, y: float, box: np.ndarray, flip: bool) -> tuple[float, float]:
+    if flip:
+        x = 1.0 - x
+    return box[0] + x * (box[2] - box[0]), box[1] + y * (box[3] - box[1])
+
+
+@njit(cache=True, nogil=True)
+def _sample(strategy, size, stride, offset, seed, epoch, index, boxes, flips, out):  # type: ignore[no-untyped-def]
+    candidates = np.empty(size * size, np.int64)
+    for b in range(boxes.shape[0]):
+        for v in range(boxes.shape[1]):
+            found = 0
+            for position in range(size * size):
+                qualifies = strategy != _OVERLAP
+                if not qualifies:
+                    x, y = offset + stride * (position % size), offset + stride * (position // size)
+                    x, y = _source_point(x, y, boxes[b, v], flips[b, v])
+                    for other in range(boxes.shape[1]):
+                        box = boxes[b, other]
+                        qualifies |= other != v and box[0] <= x < box[2] and box[1] <= y < box[3]
+                if qualifies:
+                    candidates[found] = position
+                    found += 1
+            key = stream(seed, epoch, index[b], v, POSITIONS)
+            for slot in range(out.shape[2]):
+                if slot >= found:
+                    out[b, v, slot] = -1
+                    continue
+                if strategy != _ALL:  # Fisher and Yates, stopped after `count` draws
+                    pick = slot + int(uniform(key, slot, 0, found - slot))
+                    candidates[slot], candidates[pick] = candidates[pick], candidates[slot]
+                out[b, v, slot] = candidates[slot]
+
+
+def sample_positions(
+    spec: PositionSpec,
+    seed: int,
+    epoch: int,
+    index: Int[np.ndarray, "b"],
+    boxes: Float[np.ndarray, "b v 4"],
+    flips: Bool[np.ndarray, "b v"],
+) -> Int[np.ndarray, "b v k"]:
+    """Positions of each view, all different, -1 where no further one qualifies. Boxes as in `Batch`."""
+    out = np.empty((*flips.shape, spec.count), np.int64)
+    scale = 1 / spec.view_px
+    args = STRATEGIES[spec.strategy], spec.size, spec.stride_px * scale, spec.offset_px * scale, seed, epoch
+    _sample(*args, index.astype(np.int64), boxes.astype(np.float64), flips, out)
+    return out
+
+
+def source_points(
+    spec: PositionSpec, positions: Int[np.ndarray, "k"], box: Float[np.ndarray, "4"], flip: bool
+) -> Float[np.ndarray, "k 2"]:
+    """Centres (x, y) of the positions of one view as fractions of the source picture."""
+    x = (spec.offset_px + spec.stride_px * (positions % spec.size)) / spec.view_px
+    y = (spec.offset_px + spec.stride_px * (positions // spec.size)) / spec.view_px
+    x = 1 - x if flip else x
+    return np.stack([box[0] + x * (box[2] - box[0]), box[1] + y * (box[3] - box[1])], axis=-1)

@@ -1,0 +1,118 @@
+"""The reference loader: PIL in torch's DataLoader, from an image folder or a beton. It runs everywhere.
+
+The other loaders are tested against its pixels: one decode, then per view the box cut out and resized by PIL's
+antialiased bilinear filter.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
+
+from cossl.pipelines.batch import Batch, LoaderSpec, assemble
+from cossl.pipelines.beton import Beton, list_image_folder
+from cossl.pipelines.geometry import box_fractions, sample_views
+
+
+class Folder:
+    """Pictures of an image folder (`<root>/<class>/<file>`), labels by sorted class name."""
+
+    def __init__(self, root: Path):
+        files, labels, names = list_image_folder(root)
+        self.files, self.labels, self.class_names = files, np.asarray(labels, np.int64), tuple(names)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def open(self, index: int) -> Image.Image:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a broken EXIF block does not touch the pixels
+                return ImageOps.exif_transpose(Image.open(self.files[index])).convert("RGB")
+        except OSError as error:
+            raise RuntimeError(f"cannot read {self.files[index]}: {error}. Remove it, or run `cossl convert`, which sets broken pictures aside") from None
+
+
+class BetonPictures:
+    """Pictures of a beton, decoded by PIL."""
+
+    def __init__(self, path: Path):
+        self.beton = Beton(path)
+        self.labels, self.class_names = self.beton.labels, tuple(self.beton.class_names)
+
+    def __len__(self) -> int:
+        return len(self.beton)
+
+    def open(self, index: int) -> Image.Image:
+        return self.beton.open(index)
+
+
+def open_pictures(path: Path) -> Folder | BetonPictures:
+    return Folder(path) if path.is_dir() else BetonPictures(path)
+
+
+class _Cutter(Dataset):
+    """(epoch, index) to the views of one picture, in a worker process."""
+
+    def __init__(self, pictures: Folder | BetonPictures, spec: LoaderSpec):
+        self.pictures, self.spec = pictures, spec
+        self.rows = np.stack([view.row() for view in spec.recipe])
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple:
+        epoch, index = key
+        picture = self.pictures.open(index)
+        sizes = np.array([picture.height]), np.array([picture.width])
+        boxes, flips, photometry = sample_views(self.spec.seed, epoch, np.array([index]), *sizes, self.rows)
+        views = []
+        for view, (top, left, h, w), flip in zip(self.spec.recipe, boxes[0], flips[0], strict=True):
+            cut = picture.crop((left, top, left + w, top + h)).resize((view.size_px,) * 2, Image.Resampling.BILINEAR)
+            pixels = np.asarray(cut)
+            views.append(pixels[:, ::-1] if flip else pixels)
+        return views, box_fractions(boxes, *sizes)[0], flips[0], photometry[0], index, self.pictures.labels[index]
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+
+class TorchLoader:
+    """`Loader` over an image folder or a beton, with `spec.workers` processes."""
+
+    def __init__(self, path: Path, spec: LoaderSpec):
+        self.pictures, self.spec = open_pictures(path), spec
+        self.class_names = self.pictures.class_names
+        spec.steps(len(self.pictures))
+        self._cutter = _Cutter(self.pictures, spec)
+        self._cutter[0, 0]  # compiles the geometry here, so that the forked workers inherit it
+
+    def __len__(self) -> int:
+        return self.spec.steps(len(self.pictures))
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.pictures)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        keys = [[(epoch, int(i)) for i in batch] for batch in self.spec.batches(self.num_samples, epoch, start_step)]
+        collate = partial(_collate, self.spec, epoch)
+        pin = torch.cuda.is_available()
+        yield from DataLoader(self._cutter, batch_sampler=keys, num_workers=self.spec.workers, collate_fn=collate, pin_memory=pin)
+
+    def picture(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
+        return np.asarray(self.pictures.open(index))
+
+    def close(self) -> None:
+        """Nothing is held between epochs."""
+
+
+def _collate(spec: LoaderSpec, epoch: int, samples: list[tuple]) -> Batch:
+    views, *columns = zip(*samples, strict=True)
+    stacked = [np.stack([sample[v] for sample in views]) for v in range(len(spec.recipe))]
+    return assemble(spec, epoch, stacked, *(np.stack(column) for column in columns))

@@ -1,0 +1,72 @@
+"""View recipes as data: how large each view is, which boxes it may take, and how its colours may change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """One view of a picture. Area fractions in (0, 1], probabilities in [0, 1], blur sigmas in pixels of the view."""
+
+    size_px: int
+    area_frac: tuple[float, float] = (0.08, 1.0)
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    flip_p: float = 0.5
+    jitter_p: float = 0.8
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    grayscale_p: float = 0.2
+    blur_p: float = 0.0
+    blur_sigma_px: tuple[float, float] = (0.1, 2.0)
+    solarize_p: float = 0.0
+    centre_frac: float = 0.0
+    """Above 0: no random crop but the central square, this fraction of the shorter side (evaluation)."""
+
+    def __post_init__(self) -> None:
+        low, high = self.area_frac
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"crop area {self.area_frac}: expected 0 < smallest <= largest <= 1")
+        if self.size_px < 8:
+            raise ValueError(f"view size {self.size_px} px: expected at least 8")
+
+    def row(self) -> np.ndarray:
+        """The same as one float64 row, in the order that `geometry.sample_views` reads."""
+        return np.array(
+            [*self.area_frac, *self.aspect, self.flip_p, self.jitter_p, self.brightness, self.contrast, self.saturation, self.hue]
+            + [self.grayscale_p, self.blur_p, *self.blur_sigma_px, self.solarize_p, self.centre_frac]
+        )
+
+
+def _blurred(size_px: int, crop_min: float) -> ViewSpec:
+    """The common ground of BYOL's two views. Sigma 0.1 to 2.0 px is meant for 224 px and shrinks with the view."""
+    shrink = size_px / 224
+    return ViewSpec(size_px, area_frac=(crop_min, 1.0), blur_p=1.0, blur_sigma_px=(0.1 * shrink, 2.0 * shrink))
+
+
+def byol(size_px: int = 224, crop_min: float = 0.08) -> tuple[ViewSpec, ...]:
+    """BYOL's asymmetric pair: view 1 always blurred, view 2 blurred 1 in 10 and solarized 1 in 5.
+
+    Source: Grill et al. 2020 (arXiv:2006.07733), table 6. Trap: crops here are antialiased bilinear, there bicubic.
+    """
+    view = _blurred(size_px, crop_min)
+    return (view, replace(view, blur_p=0.1, solarize_p=0.2))
+
+
+def symmetric(size_px: int = 224, crop_min: float = 0.08) -> tuple[ViewSpec, ...]:
+    """Two views of one distribution, each blurred half of the time and never solarized (as SimCLR, arXiv:2002.05709)."""
+    view = replace(_blurred(size_px, crop_min), blur_p=0.5)
+    return (view, view)
+
+
+def evaluation(size_px: int = 224, centre_frac: float = 224 / 256) -> tuple[ViewSpec, ...]:
+    """The central square, unchanged: what resizing the shorter side to 256 and cutting the central 224 gives."""
+    return (ViewSpec(size_px, flip_p=0, jitter_p=0, grayscale_p=0, centre_frac=centre_frac),)
+
+
+RECIPES: dict[str, Callable[[int, float], tuple[ViewSpec, ...]]] = {"byol": byol, "symmetric": symmetric}
