@@ -1,0 +1,264 @@
+"""ResNets whose receptive field is an argument, and torchvision's own as baselines; every one returns its feature map.
+
+Symbols: n = positions per side of the feature map, k = kernel size, s = stride, p = padding,
+j = jump = distance of two neighbouring positions in view pixels.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torchvision
+from jaxtyping import Float
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+
+class PositionGrid(NamedTuple):
+    """Where the n x n positions of a feature map lie in the view, in plain numbers; pixel centres are at +0.5."""
+
+    size: int
+    stride_px: int
+    receptive_field_px: int
+    offset_px: float
+    view_px: int
+
+
+class ResNet(nn.Module):
+    """A ResNet without its pooling and classifier: pictures in, feature map out.
+
+    The parts and the state's names are torchvision's, so that its weights load wherever the layers coincide.
+    """
+
+    def __init__(self, conv1: nn.Module, bn1: nn.Module, maxpool: nn.Module, stages: Sequence[nn.Module], out_channels: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1, self.relu, self.maxpool = conv1, bn1, nn.ReLU(inplace=True), maxpool
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+        self.out_channels = out_channels
+
+    @property
+    def stages(self) -> tuple[nn.Module, ...]:
+        return self.layer1, self.layer2, self.layer3, self.layer4
+
+    def forward(self, x: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b c n n"]:
+        y = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        for stage in self.stages:
+            y = stage(y)
+        return y
+
+
+class _Layout(NamedTuple):
+    """What tells one depth from another. Both have one spatial convolution or two per block, sixteen in all."""
+
+    name: str
+    depths: tuple[int, int, int, int]
+    bottleneck: bool
+
+    @property
+    def spatial_per_block(self) -> int:
+        return 1 if self.bottleneck else 2
+
+
+_RESNET50 = _Layout("rf_resnet50", (3, 4, 6, 3), bottleneck=True)
+_RESNET18 = _Layout("rf_resnet18", (2, 2, 2, 2), bottleneck=False)
+
+
+def rf_resnet50(
+    receptive_field: int | None = 99,
+    width: int = 64,
+    small_image_stem: bool | None = None,
+    kept_kernels: tuple[bool, ...] | None = None,
+) -> ResNet:
+    """A ResNet-50 in which a position of the feature map sees `receptive_field` pixels: 11 19 27 35 51 67 83 99 131 ... 483.
+
+    The idea is CO-SSL's RF-ResNet (arXiv 2501.02860); the stride sits in the first 1x1 of a block, as in He et al. 2015
+    (arXiv 1512.03385), which is what puts 99 at the end of stage 2. None or 0 leaves the receptive field unrestricted (483).
+    Deviation: the paper's own block layout is not public. Here the first k 3x3 convolutions in depth order stay and the others
+    become 1x1 of the same width; `kept_kernels` (one bool per 3x3, in depth order) reaches any other layout and overrides `receptive_field`.
+    """
+    return _rf_resnet(_RESNET50, receptive_field, width, bool(small_image_stem), kept_kernels)
+
+
+def rf_resnet18(
+    receptive_field: int | None = 29,
+    width: int = 64,
+    small_image_stem: bool | None = None,
+    kept_kernels: tuple[bool, ...] | None = None,
+) -> ResNet:
+    """A ResNet-18 in which a position sees `receptive_field` pixels: 3 5 7 9 11 13 17 21 25 29 37 ... 109 with the small-image stem.
+
+    That stem (3x3, stride 1, no max-pool) is the default, since 29 px cannot be reached with ImageNet's. The rest as in `rf_resnet50`.
+    Deviation: here the stride sits in a 3x3. Where that one becomes 1x1 it keeps the stride, so it and the shortcut beside it read
+    one position in four of the map below and drop the others; a pooling that reads them all would widen the receptive field.
+    """
+    return _rf_resnet(_RESNET18, receptive_field, width, small_image_stem is None or small_image_stem, kept_kernels)
+
+
+def _rf_resnet(
+    layout: _Layout, receptive_field: int | None, width: int, small_image_stem: bool, kept_kernels: tuple[bool, ...] | None
+) -> ResNet:
+    if width < 1:
+        raise ValueError(f"width={width} is no number of channels; give at least 1 (64 is the full network, 16 a quarter of its width)")
+    kept = kept_kernels if kept_kernels is not None else _first_kept(layout, receptive_field, small_image_stem)
+    count = sum(layout.depths) * layout.spatial_per_block
+    if len(kept) != count:
+        raise ValueError(f"kept_kernels has {len(kept)} entries; {layout.name} has {count} spatial convolutions: give one bool for each")
+    kernels = iter(kept)
+    expansion = Bottleneck.expansion if layout.bottleneck else BasicBlock.expansion
+    stages, in_channels = [], width
+    for stage, depth in enumerate(layout.depths):
+        planes = width * 2**stage
+        blocks = []
+        for i in range(depth):
+            stride = 2 if stage > 0 and i == 0 else 1
+            own = [next(kernels) for _ in range(layout.spatial_per_block)]
+            blocks.append((_bottleneck if layout.bottleneck else _basic)(in_channels, planes, stride, own))
+            in_channels = planes * expansion
+        stages.append(nn.Sequential(*blocks))
+    conv1, maxpool = _stem(width, small_image_stem)
+    backbone = ResNet(conv1, nn.BatchNorm2d(width), maxpool, stages, in_channels)
+    for module in backbone.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return backbone
+
+
+def _first_kept(layout: _Layout, receptive_field: int | None, small_image_stem: bool) -> tuple[bool, ...]:
+    """Which spatial convolutions stay 3x3: the first k, k such that the receptive field is the one asked for."""
+    jumps = []
+    stem_jump, field = (1, 3) if small_image_stem else (4, 11)
+    for stage, depth in enumerate(layout.depths):
+        jump = stem_jump * 2**stage
+        # In a basic block the first 3x3 of a stage carries the stride, so its taps are still one lower jump apart.
+        first = jump if layout.bottleneck or stage == 0 else jump // 2
+        jumps += [first] + [jump] * (depth * layout.spatial_per_block - 1)
+    if not receptive_field:
+        return (True,) * len(jumps)
+    reachable = [field]
+    for jump in jumps:
+        reachable.append(reachable[-1] + 2 * jump)
+    if receptive_field not in reachable:
+        stem = "small-image" if small_image_stem else "ImageNet"
+        raise ValueError(
+            f"receptive_field={receptive_field} px cannot be reached by {layout.name} with the {stem} stem; "
+            f"choose one of {', '.join(map(str, reachable))}, or 0 for no restriction"
+        )
+    kept = reachable.index(receptive_field)
+    return (True,) * kept + (False,) * (len(jumps) - kept)
+
+
+def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=False)
+
+
+def _stem(width: int, small_image_stem: bool) -> tuple[nn.Module, nn.Module]:
+    if small_image_stem:
+        return _conv(3, width, 3), nn.Identity()
+    return _conv(3, width, 7, stride=2), nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+
+
+def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module | None:
+    if stride == 1 and in_channels == out_channels:
+        return None
+    return nn.Sequential(_conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
+
+
+def _bottleneck(in_channels: int, planes: int, stride: int, kept: Sequence[bool]) -> nn.Module:
+    """torchvision's block with the stride moved from the 3x3 to the 1x1 before it, and the 3x3 perhaps a 1x1."""
+    block = Bottleneck(in_channels, planes, stride, _shortcut(in_channels, planes * Bottleneck.expansion, stride))
+    block.conv1 = _conv(in_channels, planes, 1, stride)
+    block.conv2 = _conv(planes, planes, 3 if kept[0] else 1)
+    return block
+
+
+def _basic(in_channels: int, planes: int, stride: int, kept: Sequence[bool]) -> nn.Module:
+    """torchvision's block with either 3x3 perhaps a 1x1."""
+    block = BasicBlock(in_channels, planes, stride, _shortcut(in_channels, planes, stride))
+    block.conv1 = _conv(in_channels, planes, 3 if kept[0] else 1, stride)
+    block.conv2 = _conv(planes, planes, 3 if kept[1] else 1)
+    return block
+
+
+def torchvision_resnet50(receptive_field: int | None = None, width: int = 64, small_image_stem: bool | None = None) -> ResNet:
+    """torchvision's ResNet-50 (v1.5: the stride in the 3x3), untrained, without pooling and classifier; receptive field 427 px."""
+    return _torchvision("resnet50", torchvision.models.resnet50, receptive_field, width, bool(small_image_stem))
+
+
+def torchvision_resnet18(receptive_field: int | None = None, width: int = 64, small_image_stem: bool | None = None) -> ResNet:
+    """torchvision's ResNet-18, untrained, without pooling and classifier; receptive field 435 px (109 with the small-image stem)."""
+    return _torchvision("resnet18", torchvision.models.resnet18, receptive_field, width, bool(small_image_stem))
+
+
+def _torchvision(name: str, build: Callable[..., nn.Module], receptive_field: int | None, width: int, small_image_stem: bool) -> ResNet:
+    if width != 64:
+        raise ValueError(f"width={width} is not possible for {name}, which is torchvision's and 64 wide; use 64, or rf_{name}")
+    model = build(weights=None, zero_init_residual=False)
+    conv1, maxpool = model.conv1, model.maxpool
+    if small_image_stem:
+        conv1, maxpool = _stem(width, small_image_stem)
+        nn.init.kaiming_normal_(conv1.weight, mode="fan_out", nonlinearity="relu")
+    stages = [model.layer1, model.layer2, model.layer3, model.layer4]
+    backbone = ResNet(conv1, model.bn1, maxpool, stages, model.fc.in_features)
+    fixed = position_grid(backbone, 224).receptive_field_px
+    if receptive_field and receptive_field != fixed:
+        raise ValueError(
+            f"receptive_field={receptive_field} px is not possible for {name}, whose receptive field is {fixed} px; "
+            f"use 0, or rf_{name}, where it is an argument"
+        )
+    return backbone
+
+
+BACKBONES: dict[str, Callable[..., ResNet]] = {
+    "rf_resnet50": rf_resnet50,
+    "rf_resnet18": rf_resnet18,
+    "resnet50": torchvision_resnet50,
+    "resnet18": torchvision_resnet18,
+}
+
+
+def make_backbone(name: str, receptive_field: int | None, width: int, small_image_stem: bool | None) -> ResNet:
+    """The backbone of that name; `small_image_stem` None is the architecture's default. ValueError for what cannot be built."""
+    if name not in BACKBONES:
+        raise ValueError(f"backbone={name!r} is unknown; choose one of {', '.join(BACKBONES)}")
+    return BACKBONES[name](receptive_field=receptive_field, width=width, small_image_stem=small_image_stem)
+
+
+class _Reach(NamedTuple):
+    size: int
+    jump: int
+    field: int
+    offset: float
+
+
+def _through(reach: _Reach, layer: nn.Module) -> _Reach:
+    """One step of the recurrence: field += (k - 1) j, jump *= s, and the centre moves by ((k - 1) / 2 - p) j."""
+    if isinstance(layer, nn.Identity):
+        return reach
+    assert isinstance(layer, nn.Conv2d | nn.MaxPool2d), layer
+    k, s, p = (v[0] if isinstance(v, tuple) else v for v in (layer.kernel_size, layer.stride, layer.padding))
+    assert isinstance(k, int)
+    assert isinstance(s, int)
+    assert isinstance(p, int)
+    size = (reach.size + 2 * p - k) // s + 1
+    return _Reach(size, reach.jump * s, reach.field + (k - 1) * reach.jump, reach.offset + ((k - 1) / 2 - p) * reach.jump)
+
+
+def position_grid(backbone: ResNet, view_px: int) -> PositionGrid:
+    """The position grid of this backbone for a square view of `view_px` pixels.
+
+    Recurrence of Araujo, Norris, Sim 2019 (doi 10.23915/distill.00021), the maximum over the two paths of every block.
+    The receptive field of a position near the border hangs over it: intersect it with the view.
+    """
+    reach = _Reach(view_px, 1, 1, 0.5)
+    for layer in (backbone.conv1, backbone.maxpool):
+        reach = _through(reach, layer)
+    for stage in backbone.stages:
+        for block in stage.children():
+            main = short = reach
+            for name in ("conv1", "conv2", "conv3"):
+                main = _through(main, getattr(block, name, nn.Identity()))
+            for layer in (getattr(block, "downsample", None) or nn.Sequential()).children():
+                short = short if isinstance(layer, nn.BatchNorm2d) else _through(short, layer)
+            # Only paths whose positions share their centres have a union that is the larger of the two boxes.
+            assert main._replace(field=0) == short._replace(field=0), (main, short)
+            reach = main._replace(field=max(main.field, short.field))
+    return PositionGrid(reach.size, reach.jump, reach.field, reach.offset, view_px)
