@@ -7,13 +7,15 @@ batch.png (a batch as the network sees it), curves.png, results.json.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import io
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -28,11 +30,12 @@ from cossl.models import checkpoint, probe
 from cossl.models.co_ssl import CoByol, LossConfig, ModelConfig
 from cossl.models.optim import OptimConfig, ema_tau, learning_rate, make_optimizer, peak_lr
 from cossl.models.rf_resnet import position_grid
+from cossl.pipelines import Backend, choose_backend, find_split, make_loader
 from cossl.pipelines import views as view_recipes
 from cossl.pipelines.augment import augment, normalize
 from cossl.pipelines.batch import Batch, Loader, LoaderSpec
+from cossl.pipelines.convert import convert
 from cossl.pipelines.demo_set import make_demo_set
-from cossl.pipelines import Backend, choose_backend, find_split, make_loader
 from cossl.pipelines.picture import draw_batch
 from cossl.pipelines.positions import PositionSpec, Strategy
 
@@ -150,22 +153,18 @@ PRESETS: dict[str, Callable[[], Config]] = {"demo": demo, "imagenette": imagenet
 T = TypeVar("T")
 
 
-def known_flags(config: Any, prefix: str = "") -> Iterator[str]:
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if dataclasses.is_dataclass(value):
-            yield from known_flags(value, f"{prefix}{f.name.replace('_', '-')}.")
-        else:
-            yield f"--{prefix}{f.name.replace('_', '-')}"
-
-
 def parse_flags(default: T, argv: Sequence[str], prog: str, description: str) -> T:
-    """`default` with the flags in argv applied; an unknown flag is a ValueError that names the nearest known one."""
-    parsed, unknown = tyro.cli(type(default), args=argv, default=default, prog=prog, description=description, return_unknown_args=True)
-    for word in unknown:
-        near = difflib.get_close_matches(word.split("=")[0], known_flags(default), 1, 0.4)
-        raise ValueError(f"unknown {'flag' if word.startswith('-') else 'argument'} {word}" + (f": did you mean {near[0]}?" if near else "; see --help"))
-    return parsed
+    """`default` with the flags in argv applied. A wrong flag or value is a ValueError of one line (tyro prints a box of several)."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(type(default), args=argv, default=default, prog=prog, description=description)
+    except SystemExit as error:
+        if not error.code:
+            raise
+        lines = [line.strip(" │") for line in box.getvalue().splitlines()]
+        said = [line for line in lines if line and line[0] not in "╭╰─" and not line.startswith("For full helptext")]
+        raise ValueError(f"{' '.join(said)} (see {prog} --help)") from None
 
 
 def parse(argv: Sequence[str]) -> tuple[str, Config]:
@@ -215,3 +214,290 @@ def open_loaders(config: Config, positions: PositionSpec) -> tuple[Loader, Loade
         raise ValueError(f"{train} and {val} have different classes: convert both from folders with the same class folders")
     say(f"loader: {choose_backend(backend, train)}, {loaders[0].num_samples:,} train and {loaders[2].num_samples:,} val pictures, {data}")
     return loaders[0], loaders[1], loaders[2]
+
+
+# ------------------------------------------------------------------------------------------------- its folder
+
+RESUME_MAY_CHANGE = ("data", "run_dir", "resume", "log_every", "checkpoint_every", "loader.workers")
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """{"loss.local_weight": 0.3, ...}: plain values only, so that a config goes into JSON and into a checkpoint."""
+    flat: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            flat |= flatten(value, f"{prefix}{f.name}.")
+        else:
+            flat[prefix + f.name] = str(value) if isinstance(value, Path) else value
+    return flat
+
+
+def write_json(path: Path, value: Any) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=2) + "\n")
+    part.replace(path)
+
+
+def open_run_dir(config: Config, preset: str) -> Path:
+    """The run's folder: new for a new run, and one with a checkpoint for --resume. Never one that holds another run."""
+    if config.resume:
+        if config.run_dir is None:
+            raise ValueError("--resume needs --run-dir, the folder of the run to go on with")
+        if not (config.run_dir / "last.pt").is_file():
+            raise ValueError(f"{config.run_dir / 'last.pt'} does not exist: there is nothing to resume, start without --resume")
+        return config.run_dir
+    run_dir = config.run_dir or Path("runs") / f"{preset}-{datetime.now():%Y%m%d-%H%M%S}"
+    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        raise ValueError(f"{run_dir} holds something already: go on with it by --resume, or choose another --run-dir")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    return run_dir
+
+
+def load_checkpoint(run_dir: Path, config: Config, num_samples: int) -> dict[str, Any]:
+    """The state to resume from. ValueError if it belongs to another config or another picture set."""
+    state = checkpoint.load(run_dir / "last.pt")
+    then, now = state["config"], flatten(config)
+    changed = [k for k in now if k not in RESUME_MAY_CHANGE and then.get(k) != now[k]]
+    if changed:
+        listing = ", ".join(f"--{k.replace('_', '-')} {then.get(k)} (now {now[k]})" for k in changed)
+        raise ValueError(f"{run_dir / 'last.pt'} is of another config: it was made with {listing}. Resume with the same flags, or start a new run")
+    if state["num_samples"] != num_samples:
+        raise ValueError(f"{run_dir / 'last.pt'} was trained on {state['num_samples']} pictures, --data has {num_samples}")
+    return state
+
+
+def keep_metrics(path: Path, last_step: int) -> None:
+    """Drops the lines of steps that the checkpoint does not know, and a line that a kill cut off."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["step"] > last_step:
+                break
+        except (ValueError, KeyError):
+            break
+        kept.append(line + "\n")
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(kept))
+    part.replace(path)
+
+
+# ------------------------------------------------------------------------------------------------- one step
+
+
+def step_(model: CoByol, optimizer: torch.optim.Optimizer, batch: Batch, config: Config, lr: float, tau: float) -> dict[str, Tensor]:
+    """One optimizer step and one target update; the loss terms stay on the device."""
+    views = [augment(view, batch.photometry[:, v]) for v, view in enumerate(batch.split())]
+    with torch.autocast(batch.index.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        terms: dict[str, Tensor] = model(views, batch.positions)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad(set_to_none=True)
+    terms["loss"].backward()
+    optimizer.step()
+    model.update_target_(tau)
+    return {name: term.detach() for name, term in terms.items()}
+
+
+# ------------------------------------------------------------------------------------------------- the loop
+
+
+def train(config: Config, model: CoByol, loader: Loader, device: torch.device, run_dir: Path) -> float:
+    """Trains to the end, from the checkpoint if resuming; returns pictures per second."""
+    optimizer = make_optimizer(model.online.named_parameters(), config.optim)
+    steps_per_epoch, total = len(loader), config.epochs * len(loader)
+    warmup, peak = round(config.optim.warmup_epochs * steps_per_epoch), peak_lr(config.optim.base_lr, config.batch_size)
+    step, window = 0, {}
+    if config.resume:
+        state = load_checkpoint(run_dir, config, loader.num_samples)
+        step, window = state["step"], {k: v.to(device) for k, v in state["window"].items()}
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        keep_metrics(run_dir / "metrics.jsonl", step)
+        say(f"resumed at step {step:,} of {total:,}")
+    learning_rate(0, total, warmup, peak)  # a warm-up longer than the run is refused before the first step
+    compiled = torch.compile(model) if config.compile and device.type == "cuda" else model
+    meter = Meter(total, step, config.batch_size)
+    with open(run_dir / "metrics.jsonl", "a") as metrics:
+        while step < total:
+            epoch, first = divmod(step, steps_per_epoch)
+            for batch in loader.epoch(epoch, first):
+                batch = batch.to(device)
+                lr, tau = learning_rate(step, total, warmup, peak), ema_tau(step, total, config.optim.ema_tau)
+                terms = step_(compiled, optimizer, batch, config, lr, tau)
+                step += 1
+                window = {k: window[k] + v if k in window else v.clone() for k, v in terms.items()}
+                meter.tick(step)
+                if step % config.log_every == 0 or step == total:
+                    length = (step - 1) % config.log_every + 1
+                    record = {k: v / length for k, v in zip(window, torch.stack(list(window.values())).tolist(), strict=True)}
+                    window = {}
+                    if not all(abs(v) < float("inf") for v in record.values()):
+                        raise RuntimeError(f"the loss is not finite between steps {step - length} and {step}: {record}; lower --optim.base-lr")
+                    line = {"step": step, "epoch": step / steps_per_epoch, **record, "lr": lr, "ema_tau": tau}
+                    metrics.write(json.dumps(line | {"images_per_s": round(meter.rate(), 1)}) + "\n")
+                    metrics.flush()
+                    meter.report(step, record, epoch, config.epochs)
+                if step == total or step % (config.checkpoint_every or steps_per_epoch) == 0:
+                    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "window": window, "step": step}
+                    checkpoint.save(run_dir / "last.pt", state | {"config": flatten(config), "num_samples": loader.num_samples})
+    meter.close()
+    return meter.rate()
+
+
+class Meter:
+    """Pictures per second since the second step (the first one compiles), and progress on stderr: a bar, or a line every 15 s."""
+
+    def __init__(self, total: int, step: int, batch_size: int):
+        self.batch_size, self.first = batch_size, step + 1
+        self.bar = tqdm(total=total, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        self.began = self.now = self.reported = time.perf_counter()
+        self.step = step
+
+    def tick(self, step: int) -> None:
+        self.step, self.now = step, time.perf_counter()
+        if step == self.first:
+            self.began = self.now
+        self.bar.update()
+
+    def rate(self) -> float:
+        return (self.step - self.first) * self.batch_size / max(self.now - self.began, 1e-9) if self.step > self.first else 0.0
+
+    def report(self, step: int, record: dict[str, float], epoch: int, epochs: int) -> None:
+        text = f"epoch {epoch + 1}/{epochs}  loss {record['loss']:.3f}  spread {record['std']:.2f}  {self.rate():,.0f} pictures/s"
+        if not self.bar.disable:
+            self.bar.set_description(text)
+        elif self.now - self.reported > 15 or step == self.bar.total:
+            self.reported = self.now
+            left = (self.bar.total - step) * self.batch_size / max(self.rate(), 1e-9)
+            print(f"{text}  {left / 60:.1f} min left", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+# ------------------------------------------------------------------------------------------------- the evaluation
+
+
+@torch.no_grad()
+def features(networks: dict[str, CoByol], loader: Loader, device: torch.device, what: str) -> tuple[dict[str, Tensor], Tensor]:
+    """Each network's global vectors of every picture (eval mode), the 12 x 12 pixels beside them, and the labels."""
+    rows: dict[str, list[Tensor]] = {name: [] for name in (*networks, "pixels")}
+    labels = []
+    for batch in tqdm(loader.epoch(0), total=len(loader), desc=f"features of {what}", disable=not sys.stderr.isatty(), leave=False):
+        (images,) = (view.to(device) for view in batch.split())
+        for name, network in networks.items():
+            rows[name].append(network.eval().represent(normalize(images)).float().cpu())
+        rows["pixels"].append(probe.pixels(images).cpu())
+        labels.append(batch.label)
+    return {name: torch.cat(parts) for name, parts in rows.items()}, torch.cat(labels)
+
+
+def evaluate(networks: dict[str, CoByol], train_set: Loader, val_set: Loader, device: torch.device) -> dict[str, dict[str, float]]:
+    """kNN and linear top-1 (percent) of each network's frozen features and of the pixels."""
+    train_x, train_y = features(networks, train_set, device, "train")
+    val_x, val_y = features(networks, val_set, device, "val")
+    results: dict[str, dict[str, float]] = {"linear_top1": {}, "knn_top1": {}}
+    for name in tqdm(train_x, desc="probes", disable=not sys.stderr.isatty(), leave=False):
+        results["linear_top1"][name] = round(probe.linear_top1(train_x[name], train_y, val_x[name], val_y), 2)
+        results["knn_top1"][name] = round(probe.knn_top1(train_x[name], train_y, val_x[name], val_y), 2)
+    return results
+
+
+def draw_curves(run_dir: Path) -> None:
+    """curves.png: every loss term, the spread and the learning rate over the epochs. Needs matplotlib (the extra `log`)."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        say("no curves.png: matplotlib is missing, pip install -c constraints.txt -e '.[log]'")
+        return
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    panels = [[k for k in records[0] if k not in ("step", "epoch", "std", "lr", "ema_tau", "images_per_s")], ["std"], ["lr"]]
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    for axes, names in zip(figure.subplots(1, 3), panels, strict=True):
+        for name in names:
+            axes.plot([r["epoch"] for r in records], [r[name] for r in records], label=name)
+        axes.set_xlabel("epoch")
+        axes.legend()
+    figure.savefig(run_dir / "curves.png", dpi=110)
+
+
+def show(results: dict[str, Any]) -> None:
+    rows = [("trained", "trained"), ("untrained", "same network, untrained"), ("pixels", "12 x 12 pixels")]
+    say(f"\n{'top-1, percent':<26}{'linear':>8}{'20-NN':>8}")
+    for key, name in rows:
+        say(f"{name:<26}{results['linear_top1'][key]:>8.1f}{results['knn_top1'][key]:>8.1f}")
+    say("protocol: " + ", ".join(f"{k} {v}" for k, v in results["protocol"].items()))
+
+
+# ------------------------------------------------------------------------------------------------- end to end
+
+
+def setup(preset: str, config: Config) -> tuple[Config, Path, torch.device, dict[str, CoByol], PositionSpec, tuple[Loader, Loader, Loader]]:
+    """Everything that a wrong flag, path or file can spoil, before anything is trained."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no GPU is visible to torch; use --device cpu, or mend the driver")
+    device = torch.device("cuda" if config.device == "auto" and torch.cuda.is_available() else config.device.replace("auto", "cpu"))
+    networks = {}
+    for name in ("trained", "untrained"):
+        torch.manual_seed(config.seed)
+        networks[name] = CoByol(config.model, config.loss).to(device=device, memory_format=torch.channels_last)
+    grid = position_grid(networks["trained"].online.backbone, config.views.size_px)
+    count = config.positions.count or grid.size**2
+    positions = PositionSpec(config.positions.strategy, count, grid.size, grid.stride_px, grid.offset_px, grid.receptive_field_px, grid.view_px)
+    if preset == "demo" and config.data is None and config.loader.backend != "synthetic":
+        config = replace(config, data=demo_data())
+    loaders = open_loaders(config, positions)
+    run_dir = open_run_dir(config, preset)
+    if config.resume:
+        load_checkpoint(run_dir, config, loaders[0].num_samples)
+    return config, run_dir, device, networks, positions, loaders
+
+
+def run(preset: str, config: Config, ready: Any) -> dict[str, Any]:
+    """Trains, evaluates, writes results.json; what `setup` returned is `ready`."""
+    config, run_dir, device, networks, positions, loaders = ready
+    began, model = time.perf_counter(), networks["trained"]
+    write_json(run_dir / "config.json", {"preset": preset} | flatten(config))
+    size = sum(p.numel() for p in model.online.backbone.parameters()) / 1e6
+    say(f"{config.model.backbone}: {size:.2f} M parameters, {positions.size} x {positions.size} positions of {positions.receptive_field_px} px")
+    say(f"{config.epochs} epochs of {len(loaders[0])} steps, batch {config.batch_size}, {device}, {config.precision} -> {run_dir}")
+    sample = next(iter(loaders[0].epoch(0)))
+    shown = [augment(view[:4], sample.photometry[:4, v]) for v, view in enumerate(sample.split())]
+    draw_batch(run_dir / "batch.png", sample, shown, loaders[0].picture, positions)
+    rate = train(config, model, loaders[0], device, run_dir)
+    results: dict[str, Any] = evaluate(networks, loaders[1], loaders[2], device)
+    results |= {"images_per_s": round(rate, 1), "protocol": probe.PROTOCOL | {"eval_px": config.eval_px, "features": "pooled, eval mode"}}
+    results |= {"seconds": round(time.perf_counter() - began, 1), "torch": torch.__version__, "device": str(device), "threads": torch.get_num_threads()}
+    draw_curves(run_dir)
+    write_json(run_dir / "results.json", results)
+    show(results)
+    for loader in loaders:
+        loader.close()
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`cossl train PRESET [flags]`. A user's mistake ends in one line and exit code 2; nothing is touched by then."""
+    try:
+        preset, config = parse(sys.argv[1:] if argv is None else argv)
+        ready = setup(preset, config)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"cossl train: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    try:
+        run(preset, config, ready)
+    except KeyboardInterrupt:
+        print(f"stopped; go on with: cossl train {preset} <the same flags> --resume --run-dir {ready[1]}", file=sys.stderr)
+        raise SystemExit(130) from None
+    say(str(ready[1]))
+
+
+if __name__ == "__main__":
+    from cossl.train import main as installed_main  # so that no class lives in __main__
+
+    installed_main()

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 _MIN_NORM = 1e-6
 
 
-def cosine_distance(p: Float[Tensor, "*b d"], z: Float[Tensor, "*c d"]) -> Float[Tensor, "*e"]:
+def cosine_distance(p: Float[Tensor, "*#b d"], z: Float[Tensor, "*#b d"]) -> Float[Tensor, "*#b"]:
     """Squared distance of the two unit vectors, 2 - 2 cos(p, z), for each element; in [0, 4].
 
     BYOL eq. 2 (Grill et al. 2020, arXiv 2006.07733). Leading axes broadcast. At least float32 whatever comes in.

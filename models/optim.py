@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from timm.optim import Lars
+from timm.optim.lars import Lars
 from torch import nn
 
 Groups = list[dict[str, Any]]
@@ -18,6 +18,8 @@ Groups = list[dict[str, Any]]
 def _lars(groups: Groups, config: "OptimConfig") -> torch.optim.Optimizer:
     """LARS (You et al. 2017, arXiv 1708.03888), trust coefficient 1e-3 as in BYOL's public code.
 
+    timm's ratio is that paper's, |w| / (|gradient| + decay |w|); BYOL's code has |gradient + decay w| below, the same to 1e-6 or so
+    at a decay of 1e-6.
     Trap: timm adapts a group only where its weight decay is not 0 or `always_adapt` is set. So the weights get the flag,
     or a run without weight decay would silently be SGD, and the excluded group never gets it.
     """
@@ -54,7 +56,7 @@ class OptimConfig:
     """Weight decay of all weights but biases and norms."""
     momentum: float = 0.9
     """Momentum, 0 up to but not 1; for adamw its first beta."""
-    warmup_epochs: float = 10
+    warmup_epochs: float = 10.0
     """Epochs of linear warm-up before the cosine to 0."""
     ema_tau: float = 0.99
     """Share of the target network that its first update keeps, 0 to 1; rises to 1 along a cosine."""

@@ -12,15 +12,13 @@ PROTOCOL: dict[str, Any] = {
     "knn_temperature": 0.07,
     "linear_l2_strengths": [1e-4, 1e-3, 1e-2, 1e-1, 1.0],
     "linear_held_out_frac": 0.1,
+    "linear_chosen_by": "cross-entropy on the held-out part",
     "linear_seed": 0,
     "linear_max_iterations": 200,
     "linear_features": "standardised by the train set's mean and deviation",
     "pixels_grid": 12,
 }
 """What the numbers of this file depend on, to be printed beside them."""
-
-Features = Float[Tensor, "b c"]
-Labels = Int[Tensor, "b"]
 
 
 def pixels(images: UInt8[Tensor, "b 3 s s"]) -> Float[Tensor, "b c"]:
@@ -30,10 +28,10 @@ def pixels(images: UInt8[Tensor, "b 3 s s"]) -> Float[Tensor, "b c"]:
 
 @torch.no_grad()
 def knn_top1(
-    train_x: Features,
-    train_y: Labels,
-    test_x: Features,
-    test_y: Labels,
+    train_x: Float[Tensor, "train c"],
+    train_y: Int[Tensor, " train"],
+    test_x: Float[Tensor, "test c"],
+    test_y: Int[Tensor, " test"],
     k: int = PROTOCOL["knn_k"],
     temperature: float = PROTOCOL["knn_temperature"],
 ) -> float:
@@ -52,47 +50,54 @@ def knn_top1(
     return 100 * hits / len(test)
 
 
-def linear_top1(train_x: Features, train_y: Labels, test_x: Features, test_y: Labels) -> float:
+def linear_top1(
+    train_x: Float[Tensor, "train c"],
+    train_y: Int[Tensor, " train"],
+    test_x: Float[Tensor, "test c"],
+    test_y: Int[Tensor, " test"],
+) -> float:
     """Percent of test samples that a softmax regression on the frozen features gets right.
 
-    The l2 strength is the one of PROTOCOL's list that does best on a seeded tenth of the train set (the stronger of two equals);
-    the regression is then fitted to all of it. Full-batch L-BFGS: no learning rate, no order of samples, the same number every time.
+    The l2 strength is the one of PROTOCOL's list with the lowest cross-entropy on a seeded tenth of the train set (accuracy on so few
+    samples is mostly luck); the regression is then fitted to all of it. Full-batch L-BFGS: no learning rate, no order of samples,
+    the same number every time.
     """
     train_x, test_x = train_x.float(), test_x.float()
     mean, deviation = train_x.mean(0), train_x.std(0, correction=0)
     # A feature that never changes says nothing; dividing by its deviation would blow rounding up to the size of a signal.
-    scale = torch.where(deviation > 1e-6 * (1 + mean.abs()), 1 / deviation.clamp(min=1e-12), 0.0)
+    scale = torch.where(deviation > 1e-6 * mean.abs(), 1 / deviation.clamp(min=1e-12), 0.0)
     train_x, test_x = (train_x - mean) * scale, (test_x - mean) * scale
     classes = int(train_y.max()) + 1
     order = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(PROTOCOL["linear_seed"])).to(train_x.device)
     held = max(1, int(len(order) * PROTOCOL["linear_held_out_frac"]))
     out, rest = order[:held], order[held:]
-    best_hits, best_l2, start = -1, 0.0, None
-    for l2 in sorted(PROTOCOL["linear_l2_strengths"], reverse=True):
-        start = fit_softmax(train_x[rest], train_y[rest], classes, l2, start)
-        hits = _hits(start, train_x[out], train_y[out])
-        if hits > best_hits:
-            best_hits, best_l2 = hits, l2
-    return 100 * _hits(fit_softmax(train_x, train_y, classes, best_l2), test_x, test_y) / len(test_x)
+    model, lowest, best_l2 = None, float("inf"), 0.0
+    for l2 in sorted(PROTOCOL["linear_l2_strengths"], reverse=True):  # from strong to weak, each fit starting at the one before
+        model = fit_softmax(train_x[rest], train_y[rest], classes, l2, model)
+        loss = float(F.cross_entropy(F.linear(train_x[out], *model), train_y[out]))
+        if loss >= lowest:  # past the minimum the fits only get longer and the loss higher
+            break
+        lowest, best_l2 = loss, l2
+    model = fit_softmax(train_x, train_y, classes, best_l2)
+    return 100 * float((F.linear(test_x, *model).argmax(1) == test_y).double().mean())
 
 
-def _hits(weights: Float[Tensor, "c_and_1 m"], x: Features, y: Labels) -> int:
-    return int(((x @ weights[:-1] + weights[-1]).argmax(1) == y).sum())
+Softmax = tuple[Float[Tensor, "m c"], Float[Tensor, " m"]]
+"""Weights and biases, as `F.linear` takes them: three times as fast as the transposed layout on a CPU."""
 
 
-def fit_softmax(
-    x: Features, y: Labels, classes: int, l2: float, start: Float[Tensor, "c_and_1 m"] | None = None
-) -> Float[Tensor, "c_and_1 m"]:
-    """Weights, with the biases as last row, that minimise mean cross-entropy + l2 / 2 * |weights|^2; biases are not punished.
+def fit_softmax(x: Float[Tensor, "b c"], y: Int[Tensor, " b"], classes: int, l2: float, start: Softmax | None = None) -> Softmax:
+    """The weights and biases that minimise mean cross-entropy + l2 / 2 * |weights|^2; biases are not punished.
 
     sklearn's LogisticRegression with C = 1 / (l2 * samples). `start` only saves iterations: the problem is convex.
     """
-    weights = torch.zeros(x.shape[1] + 1, classes, device=x.device, dtype=x.dtype) if start is None else start.clone()
-    weights.requires_grad_(True)
+    weight, bias = start if start is not None else (x.new_zeros(classes, x.shape[1]), x.new_zeros(classes))
+    weight, bias = weight.clone().requires_grad_(True), bias.clone().requires_grad_(True)
+    iterations = PROTOCOL["linear_max_iterations"]
     solver = torch.optim.LBFGS(
-        [weights],
-        max_iter=PROTOCOL["linear_max_iterations"],
-        max_eval=2 * PROTOCOL["linear_max_iterations"],
+        [weight, bias],
+        max_iter=iterations,
+        max_eval=2 * iterations,
         tolerance_grad=1e-5,
         tolerance_change=1e-7,
         line_search_fn="strong_wolfe",
@@ -100,10 +105,10 @@ def fit_softmax(
 
     def objective() -> Tensor:
         solver.zero_grad()
-        value = F.cross_entropy(x @ weights[:-1] + weights[-1], y) + l2 / 2 * weights[:-1].square().sum()
+        value = F.cross_entropy(F.linear(x, weight, bias), y) + l2 / 2 * weight.square().sum()
         value.backward()
         return value
 
     with torch.enable_grad():
         solver.step(objective)
-    return weights.detach()
+    return weight.detach(), bias.detach()

@@ -1,46 +1,28 @@
-"""Betons, ffcv's one-file data sets: reading them with plain numpy, making them from a folder of pictures, proving them whole.
+"""Betons, ffcv's one-file data sets: read with plain numpy, and proved whole.
 
-Policy of `convert`, picture by picture (the contents decide, never the suffix):
-  stored as it is      mode jpg: a three-component JPEG that needs no rotation and no resize and that TurboJPEG decodes without a warning keeps
-                       its ORIGINAL BYTES: no second generation of JPEG loss, and its pixels are those of the source file.
-  converted            PNG, GIF and WebP (first frame), BMP; grayscale, CMYK, YCCK, palette, alpha (dropped, as torchvision's ImageFolder
-                       does); EXIF rotation (applied); larger than --max-side-px (area average); a JPEG that libjpeg only warns about.
-                       They become 8-bit RGB, then JPEG of --jpeg-quality or raw pixels.
-  quarantined          empty, truncated or damaged files, 12-bit JPEG, 16-bit or floating-point samples, any other kind of file, more than
-                       179 million pixels, a side over 65,535 px: left out, named with the reason in the manifest and at the end.
-  kept                 every other picture, however small.
-A file that cannot be read at all (permission, vanished, input/output error) stops the conversion: the disk is at fault, not the picture.
-
-The manifest beside the beton (`<beton>.json`) holds options, class names, quarantine list and a SHA-256 per 64 MiB of the beton.
+`convert.py` makes them. The manifest beside a beton (`<beton>.json`) holds its options, class names, the pictures left out, and a SHA-256
+per 64 MiB of the beton.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import io
 import json
 import mmap
 import os
-import sys
-import time
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
-from tqdm import tqdm
+from PIL import Image
 
-from cossl.pipelines import ffcv_loader
-
-# ffcv 1.0.2's layout (ffcv/types.py, version 2): header, field descriptors, one metadata row per picture, pages of payloads, allocation table.
+# ffcv 1.0.2's layout (ffcv/types.py, version 2): header, field descriptors, a table of rows, pages of payloads, allocation table.
 HEADER = np.dtype(
     [("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8"), ("alloc_table_ptr", "<u8")], align=True
 )
@@ -49,12 +31,238 @@ ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 FIELD_TYPES = {0: np.dtype("<f8"), 1: np.dtype("<i8"), 2: IMAGE}  # float, int, image: the ones that need no second allocation
 
-Mode = Literal["jpg", "raw", "proportion"]
-FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "WEBP")
-EIGHT_BIT = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"}
 CHUNK_BYTES = 1 << 26
+JPG, RAW = 0, 1  # the image field's `mode`
 MANIFEST_FORMAT = "cossl beton manifest 1"
+
+
+class Row(NamedTuple):
+    """One picture as it lies in a beton. `stored` says how its payload came to be; it is only counted."""
+
+    mode: int
+    height: int
+    width: int
+    payload: NDArray[np.uint8]
+    label: int
+    stored: str
+
+
+class Rows(Protocol):
+    """What the writer asks for: rows[i] is a Row, or the reason (str) why picture i is left out; name(i) is for messages."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> Row | str: ...
+
+    def name(self, i: int) -> str: ...
 
 
 def manifest_path(beton: Path) -> Path:
     return beton.with_name(beton.name + ".json")
+
+
+class Beton:
+    """A beton with one image and one integer field, memory-mapped: n rows of payload, height, width and label.
+
+    Opening checks every size and pointer (10 ms for a million rows), so a file cut anywhere raises ValueError here and not in the middle of
+    an epoch; only `verify` looks at the bytes themselves. Payloads are views of the map: writing is refused, copying is up to the reader.
+    """
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"no beton at {self.path}; make one with `cossl convert SRC {self.path}`")
+        with self.path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < HEADER.itemsize:
+                raise self._refused(f"{size} bytes are no beton")
+            # Read-only map; numpy keeps it alive as long as a view does.
+            self._bytes = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
+        self.manifest = self._read_manifest(size)
+        self.class_names: tuple[str, ...] = tuple(self.manifest["class_names"]) if self.manifest else ()
+        header = self._bytes[: HEADER.itemsize].view(HEADER)[0]
+        if header["version"] != 2 or not 2 <= header["num_fields"] <= 64:
+            raise self._refused("no ffcv version 2 header")
+        self.page_bytes, n = int(header["page_size"]), int(header["num_samples"])
+        if n == 0:
+            raise self._refused("no rows")
+        table, end = self._metadata(int(header["num_fields"]), n, size)
+        self.modes, self.labels = np.ascontiguousarray(table[0]["mode"]), np.ascontiguousarray(table[1])
+        self.heights, self.widths = table[0]["height"].astype(np.int64), table[0]["width"].astype(np.int64)
+        self._starts = table[0]["data_ptr"].astype(np.int64)
+        self.sizes = self._allocations(int(header["alloc_table_ptr"]), n, size, end)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __reduce__(self) -> tuple[type[Beton], tuple[Path]]:
+        return Beton, (self.path,)
+
+    def mode(self, i: int) -> Literal["jpg", "raw"]:
+        return "jpg" if self.modes[i] == JPG else "raw"
+
+    def payload(self, i: int) -> NDArray[np.uint8]:
+        """The JPEG file or the raw pixels (height * width * 3) of row i, without a copy; any page may have to come from disk."""
+        return self._bytes[self._starts[i] : self._starts[i] + self.sizes[i]]
+
+    def open(self, i: int) -> Image.Image:
+        """Row i decoded by Pillow, RGB. Raises ValueError when the payload does not decode to its stated size."""
+        height, width = int(self.heights[i]), int(self.widths[i])
+        if self.modes[i] == RAW:
+            return Image.fromarray(self.payload(i).reshape(height, width, 3))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a broken EXIF block does not touch the pixels
+                picture = Image.open(io.BytesIO(self.payload(i).tobytes()), formats=("JPEG",)).convert("RGB")
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"{self.path}: row {i} does not decode ({error}); convert again") from error
+        if picture.size != (width, height):
+            raise ValueError(f"{self.path}: row {i} is {picture.size}, its table says {(width, height)}; convert again")
+        return picture
+
+    def _refused(self, reason: str) -> ValueError:
+        return ValueError(f"{self.path} is not a whole beton: {reason}. Write it again with `cossl convert SRC {self.path} --force`")
+
+    def _read_manifest(self, size: int) -> dict[str, Any] | None:
+        path = manifest_path(self.path)
+        if not path.exists():
+            return None
+        try:
+            manifest: dict[str, Any] = json.loads(path.read_text())
+            if manifest["format"] != MANIFEST_FORMAT or manifest.pop("sha256") != manifest_digest(manifest):
+                raise ValueError("it was changed")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no manifest of a beton ({error}). Remove it, or convert again") from error
+        if manifest["beton_bytes"] != size:
+            raise self._refused(f"{size:,} bytes where its manifest says {manifest['beton_bytes']:,}")
+        return manifest
+
+    def _metadata(self, num_fields: int, n: int, size: int) -> tuple[tuple[Any, Any], int]:
+        """(image column, label column), the offset at which the rows' table ends."""
+        start = HEADER.itemsize + num_fields * FIELD.itemsize
+        if start > size:
+            raise self._refused("cut inside the field descriptors")
+        types = self._bytes[HEADER.itemsize : start].view(FIELD)["type_id"].tolist()
+        if types.count(2) != 1 or types.count(1) != 1 or not set(types) <= set(FIELD_TYPES):
+            raise ValueError(f"{self.path} has fields of types {types}; cossl reads betons of one image and one integer field (the label)")
+        row = np.dtype([("", FIELD_TYPES[kind]) for kind in types], align=True)
+        end = start + n * row.itemsize
+        if end > size:
+            raise self._refused(f"cut inside the table of its {n:,} rows")
+        table = self._bytes[start:end].view(row)
+        return (table[f"f{types.index(2)}"], table[f"f{types.index(1)}"]), end
+
+    def _allocations(self, table_at: int, n: int, size: int, data_from: int) -> NDArray[np.int64]:
+        """Bytes of each row's payload. The allocation table is the last thing written: a conversion that was cut short has none."""
+        if table_at == 0 or table_at + n * ALLOCATION.itemsize != size:
+            raise self._refused(f"its {size:,} bytes do not end with the allocation table of its {n:,} rows (cut off, or never finished)")
+        table = self._bytes[table_at:size].view(ALLOCATION)
+        rows, starts, lengths = (table[name].astype(np.int64) for name in ("sample_id", "ptr", "size"))
+        if not np.array_equal(np.sort(rows), np.arange(n)):
+            raise self._refused("its allocation table does not name every row once")
+        inside = lengths.min() >= 1 and starts.min() >= data_from and (starts + lengths).max() <= table_at
+        if not inside or not np.array_equal(self._starts[rows], starts):
+            raise self._refused("a row points outside the data")
+        sizes = np.empty(n, dtype=np.int64)
+        sizes[rows] = lengths
+        pixels = self.heights * self.widths * 3
+        if self.modes.max() > RAW or pixels.min() < 1 or (sizes != pixels)[self.modes == RAW].any():
+            raise self._refused("a row has an impossible size")
+        return sizes
+
+
+# ---- pictures in ------------------------------------------------------------------------------------------------------------------
+
+
+def list_image_folder(root: Path | str) -> tuple[list[Path], list[int], list[str]]:
+    """Files, labels and class names of `<root>/<class>/**/<file>`: sorted classes, sorted files, the order of torchvision's ImageFolder.
+
+    Raises FileNotFoundError or ValueError with one line for a path that is none. Every visible file counts, whatever its suffix: what is no
+    picture is for the conversion to say.
+    """
+    root = Path(root)
+    if not root.exists():
+        raise FileNotFoundError(f"no such folder: {root}; expected {root}/<class>/<picture>")
+    if not root.is_dir():
+        raise ValueError(f"{root} is a file; expected a folder {root}/<class>/<picture>")
+    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        found = "has no class folders" if any(root.iterdir()) else "is empty"
+        raise ValueError(f"{root} {found}; expected {root}/<class>/<picture>")
+    files: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(names):
+        before = len(files)
+        for folder, _, entries in sorted(os.walk(root / name, followlinks=True)):
+            files += [Path(folder, entry) for entry in sorted(entries) if not entry.startswith(".")]
+        labels += [label] * (len(files) - before)
+    empty = sorted(set(range(len(names))) - set(labels))
+    if empty:
+        shown = ", ".join(names[label] for label in empty[:5]) + (", ..." if len(empty) > 5 else "")
+        raise ValueError(f"{root}: {len(empty)} class folder(s) without pictures: {shown}; fill or remove them")
+    if set(names) <= {"train", "val", "valid", "test"} and not any(entry.is_file() for entry in os.scandir(root / names[0])):
+        raise ValueError(f"{root} holds splits, not classes: {', '.join(names)}; give one of them, such as {root / names[0]}")
+    return files, labels, names
+
+
+# ---- proof ------------------------------------------------------------------------------------------------------------------------
+
+
+def manifest_digest(manifest: dict[str, Any]) -> str:
+    """SHA-256 of a manifest's content, so that a changed manifest is noticed as well as a changed beton."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def chunk_digests(path: Path, num_threads: int, progress: Callable[[int], None] = lambda _: None) -> list[str]:
+    """SHA-256 of each CHUNK_BYTES of the file, in order; progress is told the bytes of each. hashlib drops the GIL: threads add up."""
+
+    def digest(start: int) -> str:
+        state, left = hashlib.sha256(), CHUNK_BYTES
+        with path.open("rb") as file:
+            file.seek(start)
+            while left and (block := file.read(min(left, 1 << 20))):
+                state.update(block)
+                left -= len(block)
+        progress(CHUNK_BYTES - left)
+        return state.hexdigest()
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        return list(pool.map(digest, range(0, path.stat().st_size, CHUNK_BYTES)))
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was proved: every byte hashed, every pointer checked, and this many rows decoded."""
+
+    num_rows: int
+    num_classes: int
+    num_decoded: int
+    beton_bytes: int
+
+
+def verify(path: Path | str, *, decode: int | None = 64, num_workers: int | None = None) -> VerifyReport:
+    """Proves a beton whole against its manifest: sizes, pointers, labels, the hash of every byte, and `decode` rows (None: all) by Pillow.
+
+    Raises FileNotFoundError or ValueError with one line that names the file, what is wrong and where.
+    """
+    path = Path(path)
+    if decode is not None and decode < 0:
+        raise ValueError(f"decode {decode} rows: give a number of rows, or `all`")
+    beton = Beton(path)
+    if beton.manifest is None:
+        raise FileNotFoundError(f"{path} has no manifest {manifest_path(path).name} beside it to prove it whole; convert again")
+    manifest, threads = beton.manifest, num_workers or len(os.sched_getaffinity(0))
+    counts = manifest["class_counts"]
+    in_range = beton.labels.min() >= 0 and beton.labels.max() < len(counts)
+    if not in_range or np.bincount(beton.labels, minlength=len(counts)).tolist() != counts:
+        raise ValueError(f"{path}: its labels are not those of its manifest; convert again with --force")
+    for i, (ours, stated) in enumerate(zip(chunk_digests(path, threads), manifest["chunk_sha256"], strict=True)):
+        if ours != stated:
+            where = f"between byte {i * CHUNK_BYTES:,} and byte {min((i + 1) * CHUNK_BYTES, manifest['beton_bytes']):,}"
+            raise ValueError(f"{path} is damaged {where} (SHA-256 differs from its manifest); convert again with --force")
+    n = len(beton)
+    rows = range(n) if decode is None or decode >= n else np.unique(np.linspace(0, n - 1, decode).astype(int)).tolist()
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(lambda i: beton.open(i).load(), rows):
+            pass
+    return VerifyReport(num_rows=n, num_classes=len(counts), num_decoded=len(rows), beton_bytes=manifest["beton_bytes"])

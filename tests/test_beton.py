@@ -1,0 +1,241 @@
+"""Betons: read as ffcv reads them, refused when cut, and no changed byte unnoticed."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cossl.pipelines.beton import HEADER, Beton, chunk_digests, manifest_digest, manifest_path, verify
+from cossl.pipelines.convert import convert
+from cossl.pipelines.ffcv_loader import FfcvMissing, decode_function, require_ffcv
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    pytest.importorskip("ffcv")
+    root = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+        (root / f"class{i % 3}").mkdir(exist_ok=True)
+        coarse.resize((64 + i, 48), Image.Resampling.BICUBIC).save(root / f"class{i % 3}" / f"{i:03}.jpg", quality=90)
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("betons") / "set.beton"
+    convert(folder, out, num_workers=2, progress=False)
+    return out
+
+
+@pytest.fixture
+def beton(whole, tmp_path) -> Path:
+    """A copy that a test may damage."""
+    for path in (whole, manifest_path(whole)):
+        shutil.copy(path, tmp_path)
+    return tmp_path / whole.name
+
+
+def flip_byte(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def test_ffcv_reads_the_same_rows(whole):
+    require_ffcv()
+    from ffcv.reader import Reader
+
+    theirs, ours = Reader(str(whole)), Beton(whole)
+    assert list(theirs.handlers) == ["image", "label"]  # an unknown field type would have no handler
+    image, label = (theirs.metadata[name] for name in theirs.metadata_type.names)
+    assert np.array_equal(label, ours.labels)
+    assert np.array_equal(image["height"], ours.heights)
+    assert np.array_equal(image["width"], ours.widths)
+    assert len(theirs.alloc_table) == len(ours) == 24
+    for i in range(24):
+        at = int(image["data_ptr"][i])
+        assert whole.read_bytes()[at : at + ours.sizes[i]] == ours.payload(i).tobytes()
+
+
+def test_reads_what_ffcvs_own_writer_wrote(tmp_path, capfd):
+    require_ffcv()
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    rng = np.random.default_rng(1)
+    rows = [(rng.integers(0, 256, (20 + i, 30, 3), dtype=np.uint8), 5 - i) for i in range(6)]
+    path = tmp_path / "theirs.beton"
+    # The label first: the order of the fields must not matter.
+    fields = {"label": IntField(), "image": RGBImageField(write_mode="raw")}
+    DatasetWriter(str(path), fields, num_workers=1).from_indexed_dataset([(label, pixels) for pixels, label in rows])
+    beton = Beton(path)
+    assert beton.labels.tolist() == [5, 4, 3, 2, 1, 0]
+    assert beton.class_names == ()
+    for i, (pixels, _) in enumerate(rows):
+        assert beton.mode(i) == "raw"
+        assert np.array_equal(np.asarray(beton.open(i)), pixels)
+    with pytest.raises(FileNotFoundError, match=r"no manifest theirs.beton.json"):
+        verify(path)
+
+
+def test_rows_are_the_folder_in_order(whole, folder):
+    files = sorted(folder.glob("*/*.jpg"))
+    beton = Beton(whole)
+    assert beton.class_names == ("class0", "class1", "class2")
+    assert beton.labels.tolist() == [int(file.parent.name[-1]) for file in files]
+    for i, file in enumerate(files):
+        assert beton.payload(i).tobytes() == file.read_bytes()
+        assert beton.mode(i) == "jpg"
+    with pytest.raises(ValueError, match="read-only"):
+        beton.payload(0)[0] = 0
+
+
+def test_a_pickled_beton_opens_again(whole):
+    import pickle
+
+    again = pickle.loads(pickle.dumps(Beton(whole)))
+    assert np.array_equal(again.payload(3), Beton(whole).payload(3))
+
+
+@pytest.mark.parametrize("with_manifest", [True, False])
+@pytest.mark.parametrize("keep_frac", [0, 1e-6, 1e-5, 1e-4, 0.1, 0.5, 0.9999, "last table row", "last byte"])
+def test_a_beton_cut_anywhere_is_refused(beton, keep_frac, with_manifest):
+    data = beton.read_bytes()
+    keep = {"last table row": len(data) - 24, "last byte": len(data) - 1}.get(keep_frac) or int(len(data) * float(keep_frac))
+    beton.write_bytes(data[:keep])
+    if not with_manifest:
+        manifest_path(beton).unlink()
+    with pytest.raises(ValueError, match=r"set.beton is not a whole beton: .*cossl convert SRC") as error:
+        Beton(beton)
+    assert "\n" not in str(error.value)
+
+
+def test_a_conversion_that_never_finished_is_refused(beton):
+    manifest_path(beton).unlink()
+    data = np.fromfile(beton, dtype=np.uint8)
+    data[: HEADER.itemsize].view(HEADER)["alloc_table_ptr"] = 0
+    data.tofile(beton)
+    with pytest.raises(ValueError, match="never finished"):
+        Beton(beton)
+
+
+def test_a_pointer_outside_the_file_is_refused(beton):
+    manifest_path(beton).unlink()
+    data = np.fromfile(beton, dtype=np.uint8)
+    data[-16:-8].view("<u8")[:] += 1 << 40
+    data.tofile(beton)
+    with pytest.raises(ValueError, match="a row points outside the data"):
+        Beton(beton)
+
+
+def test_verify_finds_every_flipped_byte(beton):
+    good, size = beton.read_bytes(), beton.stat().st_size
+    table = int(np.frombuffer(good[:24], HEADER)["alloc_table_ptr"][0])
+    places = [0, 9, 17, 30, 500, 2110, 2120, *Beton(beton)._starts[:2].tolist(), table - 1, table + 3, size - 1]
+    places += np.random.default_rng(0).integers(0, size, 8).tolist()
+    assert verify(beton, decode=None).num_decoded == 24
+    for at in places:
+        flip_byte(beton, at)
+        with pytest.raises(ValueError, match=r"set.beton"):
+            verify(beton, decode=0)
+        beton.write_bytes(good)
+
+
+def test_verify_decodes_what_the_hashes_cannot_know(beton):
+    """A payload that was bad before it was hashed."""
+    at = int(Beton(beton)._starts[5])
+    data = bytearray(beton.read_bytes())
+    data[at : at + 2] = b"no"
+    beton.write_bytes(data)
+    manifest = json.loads(manifest_path(beton).read_text())
+    manifest["chunk_sha256"] = chunk_digests(beton, 1)
+    del manifest["sha256"]
+    manifest_path(beton).write_text(json.dumps({**manifest, "sha256": manifest_digest(manifest)}))
+    assert verify(beton, decode=0).num_decoded == 0
+    with pytest.raises(ValueError, match="row 5 does not decode"):
+        verify(beton, decode=None)
+
+
+def test_a_manifest_that_does_not_belong_is_refused(beton):
+    path = manifest_path(beton)
+    text = path.read_text()
+    path.write_text(text.replace("class1", "class9"))
+    with pytest.raises(ValueError, match=r"set.beton.json is no manifest.*changed"):
+        Beton(beton)
+    path.write_text(text[:50])
+    with pytest.raises(ValueError, match=r"set.beton.json is no manifest"):
+        Beton(beton)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no manifest set.beton.json"):
+        verify(beton)
+
+
+def test_labels_out_of_the_manifests_range(beton):
+    manifest = json.loads(manifest_path(beton).read_text())
+    del manifest["sha256"]
+    manifest["class_counts"] = manifest["class_counts"][:2]
+    manifest_path(beton).write_text(json.dumps({**manifest, "sha256": manifest_digest(manifest)}))
+    with pytest.raises(ValueError, match="labels are not those of its manifest"):
+        verify(beton)
+
+
+def test_missing_beton_names_the_remedy(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no beton at .*nothing.beton; make one with `cossl convert SRC"):
+        Beton(tmp_path / "nothing.beton")
+
+
+def test_decode_agrees_with_pillow(whole):
+    beton, decode = Beton(whole), decode_function()
+    for i in range(0, 24, 5):
+        h, w = int(beton.heights[i]), int(beton.widths[i])
+        out = np.zeros((h, w, 3), dtype=np.uint8)
+        assert decode(beton.payload(i), h, w, out)
+        error = out.astype(float) - np.asarray(beton.open(i))
+        assert 10 * np.log10(255**2 / np.mean(error**2)) > 40  # fast DCT against slow: 43 dB on ImageNet
+
+
+def test_decode_tells_a_damaged_payload_and_keeps_within_its_room():
+    decode = decode_function()
+    stream = io.BytesIO()
+    Image.effect_noise((80, 60), 50).convert("RGB").save(stream, "JPEG")
+    payload = np.frombuffer(stream.getvalue(), dtype=np.uint8)
+    guarded = np.full(60 * 80 * 3 + 64, 7, dtype=np.uint8)
+    out = guarded[: 60 * 80 * 3].reshape(60, 80, 3)
+    assert decode(payload, 60, 80, out)
+    assert not decode(payload[: len(payload) // 2].copy(), 60, 80, out)
+    assert not decode(payload[:0], 60, 80, out)
+    assert (guarded[-64:] == 7).all()
+    with pytest.raises(ValueError, match="14400 bytes of room, got 14220"):
+        decode(payload, 60, 80, out[:, :79].copy())
+    with pytest.raises(ValueError, match="C-contiguous"):
+        decode(payload, 60, 80, np.empty((60, 80, 6), np.uint8)[:, :, ::2])
+
+
+def test_importing_ffcv_leaves_no_trace():
+    pytest.importorskip("ffcv")
+    code = """
+import numba.typed, torch
+before = numba.typed.Dict
+torch.set_num_threads(3)
+from cossl.pipelines.ffcv_loader import require_ffcv
+require_ffcv()
+assert torch.get_num_threads() == 3, torch.get_num_threads()
+assert numba.typed.Dict is before and before is not dict
+"""
+    subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], check=True, timeout=120)
+
+
+def test_without_ffcv_the_error_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ffcv", None)
+    with pytest.raises(FfcvMissing, match=r"sudo apt-get install .*libturbojpeg0-dev.* pip install .*\.\[ffcv\]"):
+        require_ffcv()

@@ -1,0 +1,103 @@
+"""The receptive field of a position, by recurrence and by which pixels its gradient reaches."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cossl.models.rf_resnet import ResNet, position_grid, rf_resnet18, rf_resnet50, torchvision_resnet18, torchvision_resnet50
+
+RF50 = [11, 19, 27, 35, 51, 67, 83, 99, 131, 163, 195, 227, 259, 291, 355, 419, 483]
+RF18 = [3, 5, 7, 9, 11, 13, 17, 21, 25, 29, 37, 45, 53, 61, 77, 93, 109]
+
+
+def reached(backbone: ResNet, view_px: int, position: int) -> Tensor:
+    """Which pixels [s s] the position (position, position) reads: those its gradient reaches where nothing can cancel or block it."""
+    backbone = backbone.double().eval()
+    for module in backbone.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.constant_(module.weight, 1 / module.weight[0].numel())
+    if isinstance(backbone.maxpool, nn.MaxPool2d):  # a maximum passes the gradient of one pixel alone
+        backbone.maxpool = nn.AvgPool2d(3, 2, padding=1)
+    x = torch.ones(1, 3, view_px, view_px, dtype=torch.float64, requires_grad=True)
+    backbone(x)[0, :, position, position].sum().backward()
+    assert x.grad is not None
+    return x.grad[0].sum(0) != 0
+
+
+def box(backbone: ResNet, view_px: int, position: int) -> Tensor:
+    """The pixels [s s] of the position's receptive field as the position grid states it."""
+    grid = position_grid(backbone, view_px)
+    centre = grid.offset_px + position * grid.stride_px
+    first, last = centre - grid.receptive_field_px / 2, centre + grid.receptive_field_px / 2
+    assert 0 <= first < last <= view_px, "the test wants a position away from the border"
+    inside = torch.zeros(view_px, view_px, dtype=torch.bool)
+    inside[int(first) : int(last), int(first) : int(last)] = True
+    return inside
+
+
+@pytest.mark.parametrize("receptive_field", RF50)
+def test_recurrence_gives_the_asked_field_resnet50(receptive_field: int) -> None:
+    assert position_grid(rf_resnet50(receptive_field, width=4), 224) == (7, 32, receptive_field, 0.5, 224)
+
+
+@pytest.mark.parametrize("receptive_field", RF18)
+def test_recurrence_gives_the_asked_field_resnet18(receptive_field: int) -> None:
+    assert position_grid(rf_resnet18(receptive_field, width=4), 64) == (8, 8, receptive_field, 0.5, 64)
+
+
+def test_unrestricted_and_plain_networks_have_their_published_fields() -> None:
+    assert position_grid(torchvision_resnet50(), 224).receptive_field_px == 427
+    assert position_grid(torchvision_resnet18(), 224).receptive_field_px == 435
+    assert position_grid(torchvision_resnet18(small_image_stem=True), 64) == (8, 8, 109, 0.5, 64)
+    for unrestricted in (None, 0):
+        assert position_grid(rf_resnet50(unrestricted, width=4), 224).receptive_field_px == 483
+
+
+@pytest.mark.parametrize(
+    ("build", "receptive_field", "small_image_stem", "view_px", "position"),
+    [
+        (rf_resnet50, 99, False, 224, 3),
+        (rf_resnet50, 11, False, 96, 1),
+        (rf_resnet50, 131, False, 256, 4),
+        (rf_resnet18, 29, True, 64, 4),
+        (rf_resnet18, 13, True, 64, 3),
+        (rf_resnet18, 99, False, 224, 3),
+        (rf_resnet18, 109, True, 128, 8),
+    ],
+)
+def test_gradient_reaches_every_pixel_of_the_field_and_no_other(
+    build: Callable[..., ResNet], receptive_field: int, small_image_stem: bool, view_px: int, position: int
+) -> None:
+    backbone = build(receptive_field, width=4, small_image_stem=small_image_stem)
+    expected = box(backbone, view_px, position)
+    assert int(expected.sum()) == receptive_field**2
+    assert torch.equal(reached(backbone, view_px, position), expected)
+
+
+def test_kept_kernels_override_the_receptive_field() -> None:
+    # BagNet-like, from method.md A.4: (3, 2, 1, 0) kept per stage gives 99 as well; then one that leaves holes in its field.
+    kept = (True,) * 3 + (True, True, False, False) + (True,) + (False,) * 5 + (False,) * 3
+    assert position_grid(rf_resnet50(11, width=4, kept_kernels=kept), 224).receptive_field_px == 99
+    backbone = rf_resnet18(3, width=4, kept_kernels=(False,) * 15 + (True,))
+    assert position_grid(backbone, 64).receptive_field_px == 3 + 2 * 8
+    rows = reached(backbone, 64, 3).any(1).nonzero()
+    assert (int(rows.min()), int(rows.max())) == (24 - 9, 24 + 9)
+    with pytest.raises(ValueError, match="17 entries; rf_resnet50 has 16"):
+        rf_resnet50(99, width=4, kept_kernels=(*kept, False))
+
+
+@pytest.mark.parametrize(("build", "view_px"), [(rf_resnet50, 224), (rf_resnet50, 97), (rf_resnet18, 64), (rf_resnet18, 35)])
+def test_grid_size_is_the_size_of_the_map(build: Callable[..., ResNet], view_px: int) -> None:
+    backbone = build(width=4).eval()
+    y = backbone(torch.zeros(1, 3, view_px, view_px))
+    assert y.shape[1:] == (backbone.out_channels, *[position_grid(backbone, view_px).size] * 2)
+
+
+@pytest.mark.parametrize("asked", [100, 1, 484, -1])
+def test_unreachable_field_lists_the_reachable(asked: int) -> None:
+    with pytest.raises(ValueError, match=f"receptive_field={asked} px cannot be reached by rf_resnet50.*83, 99, 131"):
+        rf_resnet50(asked)
+    with pytest.raises(ValueError, match=r"small-image stem.*25, 29, 37"):
+        rf_resnet18(asked)

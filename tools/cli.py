@@ -1,0 +1,37 @@
+"""The command `cossl <verb>`: finds the verb, and turns a user's mistake into one line and exit code 2."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from importlib import import_module
+
+VERBS: dict[str, tuple[str, str, str]] = {  # verb: module, function, what it does
+    "train": ("cossl.train", "main", "train a preset end to end: train demo | imagenette | in1k"),
+    "convert": ("cossl.tools.write_beton", "convert_main", "an image folder to a beton: convert SRC OUT.beton"),
+    "verify": ("cossl.tools.write_beton", "verify_main", "prove that a beton is whole: verify OUT.beton"),
+}
+
+
+def main() -> None:
+    """`cossl <verb> ...`; `cossl` alone lists the verbs."""
+    verb, *rest = sys.argv[1:] or ["--help"]
+    if verb in ("-h", "--help"):
+        print("usage: cossl VERB ...\n")
+        for name, (_, _, what) in VERBS.items():
+            print(f"  {name:<10}{what}")
+        print("\ncossl VERB --help says more.")
+        return
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, 1)
+        hint = f": did you mean {near[0]}?" if near else f": expected one of {', '.join(VERBS)}"
+        print(f"cossl: unknown command {verb!r}{hint}", file=sys.stderr)
+        raise SystemExit(2)
+    module, function, _ = VERBS[verb]
+    try:
+        getattr(import_module(module), function)(rest)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if verb == "train":  # has told its user's mistakes from its own failures by then
+            raise
+        print(f"cossl {verb}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,98 @@
+"""`cossl convert` and `cossl verify`: the command lines over pipelines/convert.py and pipelines/beton.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from cossl.pipelines import convert as conversion
+from cossl.pipelines.beton import manifest_path, verify
+
+NAMES_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class ConvertArgs:
+    """The command line of `cossl convert`; each field's text is its help."""
+
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    """Folder of class folders: SRC/<class>/<picture>."""
+
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.beton")]
+    """The beton to write; its manifest goes beside it as OUT.beton.json."""
+
+    mode: conversion.Mode = "jpg"
+    """jpg: small, decoded in training. raw: pixels, about six times as large, no decoding. proportion: some of each."""
+
+    max_side_px: int | None = None
+    """Shrink pictures whose longer side exceeds this (default: keep every size)."""
+
+    jpeg_quality: int = 90
+    """Quality, 1 to 100, of the pictures that have to be encoded; the others keep their bytes."""
+
+    jpeg_fraction: float = 0.5
+    """With --mode proportion: the share of pictures stored as JPEG."""
+
+    workers: int | None = None
+    """Writer processes (default: one per core)."""
+
+    force: bool = False
+    """Replace OUT.beton; the old one stays until the new one is whole."""
+
+
+@dataclass(frozen=True)
+class VerifyArgs:
+    """The command line of `cossl verify`; each field's text is its help."""
+
+    beton: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT.beton")]
+    """The beton to prove; its manifest must lie beside it."""
+
+    decode: int | Literal["all"] = 64
+    """How many rows to decode besides hashing every byte, evenly spread, or `all`."""
+
+
+def summary(report: conversion.ConvertReport) -> str:
+    """The end of a conversion, for people: counts, size, time, and the first pictures left out with their reasons."""
+    how = ", ".join(f"{count:,} {name}" for name, count in sorted(report.stored.items()))
+    rate = (report.num_rows + len(report.quarantined)) / report.seconds
+    lines = [
+        f"{report.out}: {report.num_rows:,} pictures ({how}) in {len(report.class_names):,} classes, "
+        f"{report.beton_bytes / 2**20:,.1f} MiB in {report.seconds:.1f} s ({rate:,.0f} pictures/s)"
+    ]
+    if left_out := report.quarantined:
+        lines.append(f"{len(left_out):,} left out, each listed in {manifest_path(report.out).name}:")
+        lines += [f"  {file}: {reason}" for file, reason in left_out[:NAMES_SHOWN]]
+        lines += [f"  ... and {len(left_out) - NAMES_SHOWN:,} more"] if len(left_out) > NAMES_SHOWN else []
+    return "\n".join(lines)
+
+
+def convert_main(argv: Sequence[str]) -> None:
+    """`cossl convert SRC OUT.beton`. Raises what `convert` raises."""
+    description = f"Write an image folder to a beton.\n\n{conversion.__doc__}"
+    args = tyro.cli(ConvertArgs, args=list(argv), prog="cossl convert", description=description)
+    report = conversion.convert(
+        args.source,
+        args.out,
+        mode=args.mode,
+        max_side_px=args.max_side_px,
+        jpeg_quality=args.jpeg_quality,
+        jpeg_fraction=args.jpeg_fraction,
+        num_workers=args.workers,
+        overwrite=args.force,
+    )
+    print(summary(report))
+
+
+def verify_main(argv: Sequence[str]) -> None:
+    """`cossl verify OUT.beton`. Raises what `verify` raises."""
+    description = "Prove a beton whole against its manifest: every pointer, every byte's hash, and a sample of pictures decoded."
+    args = tyro.cli(VerifyArgs, args=list(argv), prog="cossl verify", description=description)
+    report = verify(args.beton, decode=None if args.decode == "all" else args.decode)
+    print(
+        f"{args.beton} is whole: {report.num_rows:,} pictures in {report.num_classes:,} classes, "
+        f"{report.beton_bytes / 2**20:,.1f} MiB hashed, {report.num_decoded:,} decoded"
+    )
