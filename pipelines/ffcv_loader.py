@@ -8,9 +8,11 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import threading
 import warnings
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -19,10 +21,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cossl.pipelines.beton import Row, Rows
+from cossl.pipelines.batch import Batch, LoaderSpec, assemble
+from cossl.pipelines.beton import Beton, Row, Rows
+from cossl.pipelines.cut import cut
+from cossl.pipelines.geometry import box_fractions, sample_views
 
 INSTALL_FFCV = "sudo apt-get install pkg-config libturbojpeg0-dev libopencv-dev && pip install -c constraints.txt -e '.[ffcv]'"
 CHUNK_ROWS = 32  # rows a writer takes at a time: small, so that two writers end together on 2,400 rows
+BATCHES_AHEAD = 3
 LARGEST_PAGE_BYTES = 1 << 31  # ffcv keeps a page size in 32 bits
 
 
@@ -213,11 +219,12 @@ def write_rows(path: Path, rows: Rows, *, num_workers: int, page_bytes: int, pro
         for me in range(num_workers):
             ours, theirs = context.Pipe(duplex=False)
             job = (rows, writer, allocator, turn, working_on, me, theirs)
-            processes[ours] = context.Process(target=_write_share, args=job, daemon=True)
+            process = context.Process(target=_write_share, args=job, daemon=True)
             with warnings.catch_warnings():
                 # Python 3.12 warns of any fork in a process with threads; see above for why this one is safe.
                 warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
-                processes[ours].start()
+                process.start()
+            processes[ours] = process
             theirs.close()
         results = _collect(processes, rows, working_on, progress)
         # ffcv appends its pages without looking at how much of one the disk took.
@@ -235,3 +242,83 @@ def write_rows(path: Path, rows: Rows, *, num_workers: int, page_bytes: int, pro
 
 
 # ---- the loader -------------------------------------------------------------------------------------------------------------------
+
+
+class FfcvLoader:
+    """`Loader` over a beton: one decode by ffcv's TurboJPEG for all views of a picture, boxes cut out without the GIL.
+
+    `spec.workers` threads render, up to `BATCHES_AHEAD` batches wait. Every batch owns its memory (pinned where there is a GPU), so a
+    batch may be kept; an epoch left half-way leaves nothing behind but threads that wait for the next one. Stock ffcv's Loader is not
+    used: it compiles for 6 to 17 s each time, leaks a thread per abandoned epoch, and draws random numbers that nobody can repeat.
+    """
+
+    def __init__(self, path: Path, spec: LoaderSpec) -> None:
+        self.beton, self.spec = Beton(path), spec
+        self.class_names = tuple(self.beton.class_names)
+        self._decode, self._local = decode_function(), threading.local()
+        self._rows = np.stack([view.row() for view in spec.recipe])
+        self._pool = ThreadPoolExecutor(max(1, spec.workers), thread_name_prefix="cossl-ffcv")
+        len(self)
+
+    def __len__(self) -> int:
+        return self.spec.steps(len(self.beton))
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.beton)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        waiting: deque[tuple[list[Future[None]], Callable[[], Batch]]] = deque()
+        try:
+            for index in self.spec.batches(self.num_samples, epoch, start_step):
+                waiting.append(self._start(epoch, index))
+                if len(waiting) > BATCHES_AHEAD:
+                    yield self._finish_batch(*waiting.popleft())
+            while waiting:
+                yield self._finish_batch(*waiting.popleft())
+        finally:
+            for futures, _ in waiting:
+                for future in futures:
+                    future.cancel()
+
+    def _start(self, epoch: int, index: NDArray[np.int64]) -> tuple[list[Future[None]], Callable[[], Batch]]:
+        heights, widths = self.beton.heights[index], self.beton.widths[index]
+        boxes, flips, photometry = sample_views(self.spec.seed, epoch, index, heights, widths, self._rows)
+        views = [np.empty((len(index), view.size_px, view.size_px, 3), np.uint8) for view in self.spec.recipe]
+        share = -(-len(index) // (4 * max(1, self.spec.workers)))  # four pieces a thread, so that threads end together
+        pieces = [range(i, min(i + share, len(index))) for i in range(0, len(index), share)]
+        futures = [self._pool.submit(self._render, piece, index, boxes, flips, views) for piece in pieces]
+        fractions, labels = box_fractions(boxes, heights, widths), self.beton.labels[index]
+        return futures, lambda: assemble(self.spec, epoch, views, fractions, flips, photometry, index, labels)
+
+    def _finish_batch(self, futures: list[Future[None]], batch: Callable[[], Batch]) -> Batch:
+        for future in futures:
+            future.result()
+        return batch()
+
+    def _render(self, piece: range, index: NDArray[Any], boxes: NDArray[Any], flips: NDArray[Any], views: list[NDArray[np.uint8]]) -> None:
+        for b in piece:
+            picture = self._decoded(int(index[b]))
+            for v, view in enumerate(views):
+                top, left, height, width = boxes[b, v]
+                cut(picture, top, left, height, width, flips[b, v], view[b])
+
+    def _decoded(self, index: int) -> NDArray[np.uint8]:
+        """The whole picture, in memory that the same thread's next call overwrites."""
+        height, width, payload = int(self.beton.heights[index]), int(self.beton.widths[index]), self.beton.payload(index)
+        if self.beton.mode(index) == "raw":
+            return payload.reshape(height, width, 3)
+        room = getattr(self._local, "room", None)
+        if room is None or room.size < height * width * 3:
+            room = self._local.room = np.empty(height * width * 3, np.uint8)
+        out: NDArray[np.uint8] = room[: height * width * 3].reshape(height, width, 3)
+        if not self._decode(payload, height, width, out):
+            # TurboJPEG also reports mere warnings, which Pillow reads over: the slow decoder is the judge.
+            out[:] = np.asarray(self.beton.open(index))
+        return out
+
+    def picture(self, index: int) -> NDArray[np.uint8]:
+        return self._decoded(index).copy()
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)

@@ -1,0 +1,30 @@
+"""Generated pictures that several tests share; nothing is downloaded and no real picture is needed."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from cossl.pipelines.convert import convert
+from cossl.pipelines.demo_set import make_demo_set
+
+needs_ffcv = pytest.mark.skipif(find_spec("ffcv") is None, reason="ffcv is not installed")
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train/ (80 pictures) and val/ (40), ten classes."""
+    return make_demo_set(tmp_path_factory.mktemp("cache"), count=(80, 40))
+
+
+@pytest.fixture(scope="session")
+def betons(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same pictures as train.beton and val.beton."""
+    if find_spec("ffcv") is None:
+        pytest.skip("ffcv is not installed")
+    folder = tmp_path_factory.mktemp("betons")
+    for split in ("train", "val"):
+        convert(pictures / split, folder / f"{split}.beton", num_workers=1, progress=False)
+    return folder

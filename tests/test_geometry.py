@@ -1,0 +1,157 @@
+"""Boxes, flips, colours and positions are pure functions of (seed, epoch, index, view), and mean what they say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cossl.pipelines.geometry import box_fractions, sample_views, stream, uniform
+from cossl.pipelines.positions import PositionSpec, sample_positions, source_points
+from cossl.pipelines.views import ViewSpec, byol, evaluation
+
+ROWS = np.stack([view.row() for view in byol(64, 0.2)])
+GOLDEN_BOXES = [[[21, 2, 93, 86], [8, 1, 81, 80]], [[40, 15, 77, 62], [15, 19, 71, 65]]]
+GOLDEN_FLIPS = [[False, False], [True, True], [True, True], [False, True]]
+GOLDEN_COLOUR = [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+
+
+def draw(seed: int = 3, epoch: int = 5, index: list[int] | None = None, height: int = 120, width: int = 90) -> tuple[np.ndarray, ...]:
+    which = np.array([7, 8, 9, 1_281_166] if index is None else index)
+    return sample_views(seed, epoch, which, np.full(len(which), height), np.full(len(which), width), ROWS)
+
+
+def test_the_numbers_never_change() -> None:
+    """A change here means that every run of the past can no longer be repeated."""
+    boxes, flips, photometry = draw()
+    assert boxes[[0, 3]].tolist() == GOLDEN_BOXES
+    assert flips.tolist() == GOLDEN_FLIPS
+    assert photometry[3, 1].tolist() == pytest.approx(GOLDEN_COLOUR, abs=1e-6)
+
+
+def test_a_sample_is_the_same_in_any_batch() -> None:
+    together = draw()
+    for i, index in enumerate([7, 8, 9, 1_281_166]):
+        for whole, single in zip(together, draw(index=[index]), strict=True):
+            np.testing.assert_array_equal(whole[i], single[0])
+
+
+def test_every_part_of_the_key_matters() -> None:
+    base = draw()[0]
+    assert not np.array_equal(base, draw(seed=4)[0])
+    assert not np.array_equal(base, draw(epoch=6)[0])
+    assert not np.array_equal(base[0], base[1])
+    assert not np.array_equal(base[:, 0], base[:, 1])
+
+
+def test_draws_are_uniform_and_uncorrelated() -> None:
+    draws = np.array([[uniform(np.uint64(stream(0, 0, i, 0, 0)), slot, 0.0, 1.0) for slot in range(4)] for i in range(4000)])
+    assert np.abs(draws.mean(0) - 0.5).max() < 0.02
+    assert np.abs(draws.var(0) - 1 / 12).max() < 0.005
+    assert np.abs(np.corrcoef(draws.T) - np.eye(4)).max() < 0.06
+
+
+@settings(max_examples=60, deadline=None)
+@given(height=st.integers(1, 700), width=st.integers(1, 700), seed=st.integers(0, 2**31))
+def test_boxes_lie_inside_the_picture(height: int, width: int, seed: int) -> None:
+    boxes, _, _ = draw(seed=seed, height=height, width=width)
+    top, left, h, w = np.moveaxis(boxes, -1, 0)
+    assert (h >= 1).all()
+    assert (w >= 1).all()
+    assert ((top >= 0) & (top + h <= height) & (left >= 0) & (left + w <= width)).all()
+    fractions = box_fractions(boxes, np.full(4, height), np.full(4, width))
+    assert ((fractions >= 0) & (fractions <= 1)).all()
+
+
+def test_areas_aspects_and_flips_follow_the_recipe() -> None:
+    boxes, flips, photometry = draw(index=list(range(3000)), height=400, width=400)
+    area, aspect = boxes[..., 2] * boxes[..., 3] / 400**2, boxes[..., 3] / boxes[..., 2]
+    assert 0.195 < area.min() < 0.22
+    assert area.max() > 0.97
+    assert 0.73 < aspect.min() < aspect.max() < 1.37
+    assert abs(flips.mean() - 0.5) < 0.03
+    assert abs((photometry[:, :, 5] > 0).mean() - 0.2) < 0.03
+    assert (photometry[:, 0, 6] > 0).all()
+    assert abs((photometry[:, 1, 6] > 0).mean() - 0.1) < 0.03
+    assert abs((photometry[:, 1, 7] > 0).mean() - 0.2) < 0.03
+    assert set(photometry[:, :, 4].astype(int).ravel()) == set(range(24))
+
+
+def test_a_picture_too_flat_for_any_aspect_gets_the_central_box() -> None:
+    boxes, _, _ = draw(index=[0], height=10, width=1000)
+    top, left, h, w = boxes[0, 0]
+    assert (top, h) == (0, 10)
+    assert w == round(10 * 4 / 3)
+    assert left == (1000 - w) // 2
+
+
+def test_evaluation_takes_the_central_square_untouched() -> None:
+    rows = np.stack([view.row() for view in evaluation(224)])
+    boxes, flips, photometry = sample_views(0, 0, np.array([0]), np.array([256]), np.array([400]), rows)
+    assert boxes[0, 0].tolist() == [16, 88, 224, 224]
+    assert not flips.any()
+    assert photometry[0, 0].tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("bad", [{"area_frac": (0.0, 1.0)}, {"area_frac": (0.5, 0.2)}, {"area_frac": (0.5, 1.5)}, {"size_px": 4}])
+def test_an_impossible_view_is_refused(bad: dict) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        ViewSpec(**{"size_px": 64, **bad})
+
+
+GRID = dict(size=5, stride_px=8.0, offset_px=0.5, receptive_field_px=17.0, view_px=40)
+BOXES = np.array([[[0.1, 0.2, 0.6, 0.9], [0.4, 0.0, 1.0, 0.5]], [[0.0, 0.0, 0.2, 0.2], [0.7, 0.7, 1.0, 1.0]]], np.float32)
+FLIPS = np.array([[False, True], [True, False]])
+
+
+def positions(strategy: str, count: int, epoch: int = 0) -> np.ndarray:
+    return sample_positions(PositionSpec(strategy, count, **GRID), 1, epoch, np.array([4, 5]), BOXES, FLIPS)  # type: ignore[arg-type]
+
+
+def test_all_is_every_position_in_order() -> None:
+    assert (positions("all", 25) == np.arange(25)).all()
+
+
+def test_uniform_takes_different_positions_and_in_time_all_of_them() -> None:
+    seen = [positions("uniform", 7, epoch) for epoch in range(40)]
+    assert all(len(set(row)) == 7 for drawn in seen for row in drawn.reshape(-1, 7))
+    assert set(np.concatenate([s.ravel() for s in seen])) == set(range(25))
+    assert not np.array_equal(seen[0][0], seen[0][1])
+
+
+def test_overlap_is_exactly_the_positions_whose_centre_lies_in_the_other_crop() -> None:
+    drawn = positions("overlap", 25)
+    for view, other in ((0, 1), (1, 0)):
+        expected = set()
+        for p in range(25):
+            x, y = (0.5 + 8 * (p % 5)) / 40, (0.5 + 8 * (p // 5)) / 40
+            x = 1 - x if FLIPS[0, view] else x
+            left, top, right, bottom = BOXES[0, view]
+            x, y = left + x * (right - left), top + y * (bottom - top)
+            left, top, right, bottom = BOXES[0, other]
+            if left <= x < right and top <= y < bottom:
+                expected.add(p)
+        found = drawn[0, view][drawn[0, view] >= 0]
+        assert set(found) == expected
+        assert 0 < len(found) == len(expected) < 25
+        assert (drawn[0, view][len(found) :] == -1).all()
+    assert (drawn[1] == -1).all()  # crops that do not touch leave no position
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 24), st.booleans())
+def test_a_position_in_the_source_comes_back_by_the_inverse_map(position: int, flip: bool) -> None:
+    spec = PositionSpec("all", 25, **GRID)  # type: ignore[arg-type]
+    box = np.array([0.25, 0.1, 0.75, 0.8])
+    ((x, y),) = source_points(spec, np.array([position]), box, flip)
+    u, v = (x - box[0]) / (box[2] - box[0]), (y - box[1]) / (box[3] - box[1])
+    u = 1 - u if flip else u
+    assert (u * 40 - 0.5) / 8 == pytest.approx(position % 5)
+    assert (v * 40 - 0.5) / 8 == pytest.approx(position // 5)
+
+
+@pytest.mark.parametrize(("strategy", "count"), [("uniform", 0), ("uniform", 26), ("all", 7), ("nearest", 5)])
+def test_impossible_positions_are_refused(strategy: str, count: int) -> None:
+    with pytest.raises(ValueError, match=r"position|takes all"):
+        PositionSpec(strategy, count, **GRID)  # type: ignore[arg-type]

@@ -1,0 +1,249 @@
+"""Every loader keeps the contract of `Batch`, and all of them render the same boxes to nearly the same pixels."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.v2.functional as reference
+from PIL import Image
+
+from cossl.pipelines import LOADERS, choose_backend, find_split, make_loader
+from cossl.pipelines.augment import _ORDERS, IMAGENET_MEAN, IMAGENET_STD, augment, augment_tensors, blur_radius, normalize
+from cossl.pipelines.batch import Batch, Loader, LoaderSpec
+from cossl.pipelines.cut import cut
+from cossl.pipelines.positions import PositionSpec
+from cossl.pipelines.views import ViewSpec, byol, evaluation
+
+BACKENDS = [pytest.param(name, marks=pytest.mark.skipif(name == "ffcv" and find_spec("ffcv") is None, reason="no ffcv")) for name in LOADERS]
+GRID = PositionSpec("overlap", 9, size=6, stride_px=8, offset_px=0.5, receptive_field_px=17, view_px=48)
+SPEC = LoaderSpec(byol(48, 0.3), batch_size=16, seed=2, positions=GRID, workers=1)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def open_loader(pictures: Path, request: pytest.FixtureRequest) -> Iterator:
+    opened: list[Loader] = []
+
+    def open_one(backend: str, spec: LoaderSpec = SPEC, split: str = "train", folder: bool = False) -> Loader:
+        source = pictures / split
+        if backend != "synthetic" and not folder:
+            source = request.getfixturevalue("betons") / f"{split}.beton"
+        opened.append(make_loader(backend, source, spec))
+        return opened[-1]
+
+    yield open_one
+    for loader in opened:
+        loader.close()
+
+
+def assert_same(one: Batch, other: Batch) -> None:
+    for field in fields(Batch):
+        a, b = getattr(one, field.name), getattr(other, field.name)
+        for x, y in zip(a, b, strict=True) if field.name == "views" else [(a, b)]:
+            assert x.dtype == y.dtype
+            assert torch.equal(x, y), field.name
+
+
+def test_shapes_types_and_memory(backend: str, open_loader) -> None:
+    local = ViewSpec(32, area_frac=(0.1, 0.3))
+    batch = next(iter(open_loader(backend, replace(SPEC, recipe=(*SPEC.recipe, local), positions=None)).epoch(0)))
+    assert [tuple(view.shape) for view in batch.views] == [(2, 16, 3, 48, 48), (1, 16, 3, 32, 32)]
+    assert all(view.is_contiguous(memory_format=torch.channels_last) and view.dtype == torch.uint8 for view in batch.split())
+    assert len(batch.split()) == 3
+    assert batch.boxes.shape == (16, 3, 4)
+    assert batch.boxes.dtype == torch.float32
+    assert batch.flips.dtype == torch.bool
+    assert batch.positions.shape == (16, 3, 0)
+    assert batch.index.dtype == batch.label.dtype == torch.int64
+    assert batch.photometry.shape == (16, 3, 8)
+
+
+def test_workers_change_nothing(backend: str, open_loader) -> None:
+    alone, many = (list(open_loader(backend, replace(SPEC, workers=n)).epoch(1)) for n in (0 if backend == "torch" else 1, 2))
+    assert len(alone) == len(many) > 1
+    for one, other in zip(alone, many, strict=True):
+        assert_same(one, other)
+
+
+def test_a_restart_continues_exactly(backend: str, open_loader) -> None:
+    loader = open_loader(backend)
+    whole = list(loader.epoch(2))
+    for one, other in zip(whole[2:], loader.epoch(2, start_step=2), strict=True):
+        assert_same(one, other)
+
+
+def test_an_epoch_is_a_permutation_and_the_next_another(backend: str, open_loader) -> None:
+    loader = open_loader(backend)
+    first, second = (torch.cat([batch.index for batch in loader.epoch(e)]) for e in (0, 1))
+    assert len(first.unique()) == len(first) == len(loader) * 16
+    assert not torch.equal(first, second)
+
+
+def test_evaluation_sees_every_picture_once_in_order(backend: str, open_loader) -> None:
+    loader = open_loader(backend, LoaderSpec(evaluation(32), 24, workers=1, shuffle=False), split="val")
+    index = torch.cat([batch.index for batch in loader.epoch(0)])
+    assert torch.equal(index, torch.arange(loader.num_samples))
+
+
+def test_batches_may_be_kept(backend: str, open_loader) -> None:
+    if backend == "synthetic":
+        pytest.skip("shows the same pixels again by design")
+    kept = list(open_loader(backend).epoch(0))
+    copies = [batch.views[0].clone() for batch in kept]
+    for _ in open_loader(backend).epoch(1):
+        pass
+    assert all(torch.equal(batch.views[0], copy) for batch, copy in zip(kept, copies, strict=True))
+
+
+def test_abandoned_epochs_leave_no_thread(backend: str, open_loader) -> None:
+    loader = open_loader(backend)
+    next(iter(loader.epoch(0)))
+    before = threading.active_count()
+    for epoch in range(20 if backend == "torch" else 200):
+        next(iter(loader.epoch(epoch)))
+    assert threading.active_count() <= before
+
+
+def test_ffcv_equals_the_reference(open_loader) -> None:
+    """Boxes, flips, labels and positions exactly; pixels to over 38 dB (the fast against the slow DCT is all that differs)."""
+    errors = []
+    for ours, expected in zip(open_loader("ffcv").epoch(0), open_loader("torch").epoch(0), strict=True):
+        for name in ("boxes", "flips", "positions", "photometry", "index", "label"):
+            assert torch.equal(getattr(ours, name), getattr(expected, name)), name
+        errors.append((ours.views[0].float() - expected.views[0].float()).square().mean((0, 2, 3, 4)))
+    psnr = 10 * torch.log10(255**2 / torch.cat(errors))
+    assert psnr.min() > 38
+    assert psnr.median() > 42
+
+
+def test_folder_and_beton_are_the_same_pictures(open_loader) -> None:
+    for one, other in zip(open_loader("torch", folder=True).epoch(0), open_loader("torch").epoch(0), strict=True):
+        assert_same(one, other)
+
+
+def test_labels_follow_the_class_folders(pictures: Path, open_loader) -> None:
+    loader = open_loader("torch", LoaderSpec(evaluation(32), 80, workers=1, shuffle=False), folder=True)
+    names = sorted(p.name for p in (pictures / "train").iterdir())
+    files = [p for name in names for p in sorted((pictures / "train" / name).iterdir())]
+    assert loader.class_names == tuple(names)
+    batch = next(iter(loader.epoch(0)))
+    assert [names[i] for i in batch.label] == [file.parent.name for file in files]
+    expected = np.asarray(Image.open(files[5]).convert("RGB"))
+    np.testing.assert_array_equal(loader.picture(5), expected)
+
+
+def test_a_broken_picture_in_a_folder_is_named(tmp_path: Path) -> None:
+    for i in range(4):
+        (tmp_path / "class").mkdir(exist_ok=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / "class" / f"{i}.jpg")
+    (tmp_path / "class" / "2.jpg").write_bytes(b"no picture")
+    loader = make_loader("torch", tmp_path, LoaderSpec(evaluation(32), 4, workers=0, shuffle=False))
+    with pytest.raises(RuntimeError, match=r"class/2\.jpg.*cossl convert"):
+        next(iter(loader.epoch(0)))
+
+
+def test_auto_takes_ffcv_for_a_beton(betons: Path, pictures: Path) -> None:
+    assert choose_backend("auto", find_split(betons, "train")) == "ffcv"
+    assert choose_backend("auto", find_split(pictures, "train")) == "torch"
+
+
+# ------------------------------------------------------------------------------------------------- cut
+
+
+def test_cut_is_pillows_antialiased_bilinear() -> None:
+    """Within one grey level: Pillow takes columns before rows where that is cheaper, and rounds to bytes in between."""
+    random = np.random.default_rng(0)
+    differing = 0.0
+    for trial in range(60):
+        height, width = random.integers(5, 300, 2)
+        image = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        h, w = random.integers(1, height + 1), random.integers(1, width + 1)
+        top, left, size = random.integers(0, height - h + 1), random.integers(0, width - w + 1), int(random.integers(8, 200))
+        ours = np.empty((size, size, 3), np.uint8)
+        cut(image, top, left, h, w, bool(trial % 2), ours)
+        box = Image.fromarray(image).crop((left, top, left + w, top + h))
+        expected = np.asarray(box.resize((size, size), Image.Resampling.BILINEAR))
+        expected = expected[:, ::-1] if trial % 2 else expected
+        difference = np.abs(ours.astype(int) - expected)
+        assert difference.max() <= 1
+        differing = max(differing, (difference > 0).mean())
+    assert differing < 0.3
+
+
+# ------------------------------------------------------------------------------------------------- augmentation
+
+PLAIN = torch.tensor([1, 1, 1, 0, 0, 0, 0, 0.0])
+
+
+def images(count: int = 6, size: int = 40) -> torch.Tensor:
+    """Random colours at random scales, with black, white and grey pixels among them."""
+    pixels = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels[:, :, :4], pixels[:, :, 4:8], pixels[:, :, 8:12] = 0, 255, 77
+    return pixels.contiguous(memory_format=torch.channels_last)
+
+
+def unnormalized(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.tensor(IMAGENET_STD).view(3, 1, 1) + torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
+
+
+@pytest.mark.parametrize("render", [augment, augment_tensors])
+@pytest.mark.parametrize(
+    ("column", "value", "operation"),
+    [
+        (0, 1.4, lambda x: reference.adjust_brightness(x, 1.4)),
+        (1, 0.6, lambda x: reference.adjust_contrast(x, 0.6)),
+        (2, 1.2, lambda x: reference.adjust_saturation(x, 1.2)),
+        (3, 0.1, lambda x: reference.adjust_hue(x, 0.1)),
+        (3, -0.1, lambda x: reference.adjust_hue(x, -0.1)),
+        (5, 1.0, lambda x: reference.rgb_to_grayscale(x, 3)),
+        (6, 0.7, lambda x: reference.gaussian_blur(x, [2 * blur_radius(40) + 1] * 2, [0.7, 0.7])),
+        (7, 1.0, lambda x: reference.solarize(x, 0.5)),
+    ],
+)
+def test_each_operation_equals_torchvisions(render, column: int, value: float, operation) -> None:
+    """To 2e-5 of the range [0, 1]."""
+    parameters = PLAIN.repeat(6, 1)
+    parameters[:, column] = value
+    expected = operation(images().float() / 255)
+    assert (unnormalized(render(images(), parameters)) - expected).abs().max() < 2e-5
+    if column < 4:
+        assert (expected - images().float() / 255).abs().max() > 0.02
+
+
+def test_order_is_the_samples_own() -> None:
+    functions = [reference.adjust_brightness, reference.adjust_contrast, reference.adjust_saturation, reference.adjust_hue]
+    factors = [1.3, 0.7, 1.2, 0.08]
+    parameters = PLAIN.repeat(24, 1)
+    parameters[:, :4], parameters[:, 4] = torch.tensor(factors), torch.arange(24)
+    x = images(24)
+    result = unnormalized(augment(x, parameters))
+    for i in range(24):
+        expected = x[i : i + 1].float() / 255
+        for operation in _ORDERS[i]:
+            expected = functions[operation](expected, factors[operation])
+        assert (result[i] - expected[0]).abs().max() < 2e-4
+
+
+def test_both_renderings_agree_on_what_geometry_draws(open_loader) -> None:
+    batch = next(iter(open_loader("synthetic").epoch(0)))
+    for v, view in enumerate(batch.split()):
+        ours = augment(view, batch.photometry[:, v])
+        assert ours.is_contiguous(memory_format=torch.channels_last)
+        # Hue jumps where two channels are equal to rounding, so a handful of pixels may differ by more.
+        difference = (ours - augment_tensors(view, batch.photometry[:, v])).abs()
+        assert difference.quantile(0.9999) < 1e-3
+
+
+def test_without_parameters_it_only_normalizes() -> None:
+    assert (augment(images(), PLAIN.repeat(6, 1)) - normalize(images())).abs().max() < 1e-5
