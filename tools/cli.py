@@ -35,3 +35,7 @@ def main() -> None:
             raise
         print(f"cossl {verb}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

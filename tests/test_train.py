@@ -1,0 +1,192 @@
+"""A run is a function of its config and seed: killed and resumed it ends in the same weights; mistakes end in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from cossl import train
+from cossl.models import checkpoint
+
+TINY = ["--batch-size", "16", "--log-every", "1", "--views.size-px", "16", "--eval-px", "16", "--model.width", "4", "--model.receptive-field", "9"]
+TINY += ["--model.hidden-dim", "16", "--model.out-dim", "8", "--optim.warmup-epochs", "1", "--loader.backend", "torch", "--device", "cpu"]
+
+
+def run(data: Path, run_dir: Path, *flags: str) -> dict:
+    train.main(["demo", "--data", str(data), "--run-dir", str(run_dir), "--epochs", "3", "--loader.workers", "0", *TINY, *flags])
+    return json.loads((run_dir / "results.json").read_text())
+
+
+def complaint(capsys: pytest.CaptureFixture[str], argv: Sequence[str]) -> str:
+    """The one line on stderr with which a user's mistake ends."""
+    with pytest.raises(SystemExit) as stop:
+        train.main(argv)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("cossl train: ")
+    assert "\n" not in said
+    return said
+
+
+@pytest.fixture(scope="session")
+def finished(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted run: 3 epochs of 5 steps."""
+    run_dir = tmp_path_factory.mktemp("run") / "whole"
+    run(pictures, run_dir)
+    return run_dir
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    """metrics.jsonl without the speed, the only thing in it that may differ."""
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k != "images_per_s"} for r in records]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    a, b = (checkpoint.load(run_dir / "last.pt") for run_dir in (one, other))
+    assert a["step"] == b["step"]
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+    for p, q in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values(), strict=True):
+        assert all(torch.equal(p[k], q[k]) for k in p if isinstance(p[k], torch.Tensor))
+    assert metrics(one) == metrics(other)
+    assert json.loads((one / "results.json").read_text())["linear_top1"] == json.loads((other / "results.json").read_text())["linear_top1"]
+
+
+def test_a_run_leaves_its_record(finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    for protocol in ("linear_top1", "knn_top1"):
+        assert set(results[protocol]) == {"trained", "untrained", "pixels"}
+        assert all(0 <= value <= 100 for value in results[protocol].values())
+    assert results["images_per_s"] > 0
+    assert results["protocol"]["knn_k"] == 20
+    assert [r["step"] for r in metrics(finished)] == list(range(1, 16))
+    assert {"loss", "global", "local_to_global", "global_to_local", "lr", "ema_tau"} <= set(metrics(finished)[0])
+    config = json.loads((finished / "config.json").read_text())
+    assert config["preset"] == "demo"
+    assert config["model.width"] == 4
+    sheet = Image.open(finished / "batch.png")
+    assert sheet.size == (3 * 264 + 8, 4 * 264 + 8)
+    assert Image.open(finished / "curves.png").width > 500
+
+
+def test_training_moves_the_weights_and_the_untrained_row_does_not(finished: Path) -> None:
+    state = checkpoint.load(finished / "last.pt")
+    torch.manual_seed(0)
+    initial = train.CoByol(train.parse(["demo", *TINY])[1].model, train.LossConfig()).state_dict()
+    moved = [k for k in initial if "weight" in k and k.startswith("online") and not torch.equal(initial[k], state["model"][k])]
+    assert len(moved) > 20
+
+
+def test_another_seed_is_another_run(finished: Path, pictures: Path, tmp_path: Path) -> None:
+    run(pictures, tmp_path / "run", "--seed", "1")
+    assert metrics(tmp_path / "run")[0]["loss"] != metrics(finished)[0]["loss"]
+
+
+@pytest.mark.parametrize("kill_at", [1, 5, 8])
+def test_killed_and_resumed_ends_in_the_same_weights(finished: Path, pictures: Path, tmp_path: Path, kill_at: int) -> None:
+    """SIGKILL once step `kill_at` is on record (5 is an epoch's end), then --resume, with another number of workers."""
+    run_dir = tmp_path / "run"
+    flags = ["--data", str(pictures), "--run-dir", str(run_dir), "--epochs", "3", "--checkpoint-every", "2", *TINY]
+    command = [sys.executable, "-m", "cossl.train", "demo", "--loader.workers", "0", *flags]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums split over another number of threads round differently
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ | threads)
+    log, deadline = run_dir / "metrics.jsonl", time.monotonic() + 120
+    while not (log.exists() and len(log.read_text().splitlines()) >= kill_at):
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (run_dir / "results.json").exists(), "the kill came too late to show anything"
+    if not (run_dir / "last.pt").exists():
+        assert kill_at < 2
+        run(pictures, tmp_path / "again")
+        assert_same_run(finished, tmp_path / "again")
+        return
+    run(pictures, run_dir, "--resume", "--checkpoint-every", "2", "--loader.workers", "2")
+    assert_same_run(finished, run_dir)
+
+
+def test_a_non_finite_loss_names_the_steps(pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"not finite between steps \d+ and \d+"):
+        run(pictures, tmp_path / "run", "--optim.base-lr", "1e30", "--optim.warmup-epochs", "0")
+
+
+# ------------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["dmeo"], ["unknown preset 'dmeo'", "did you mean demo"]),
+        (["demo", "--epohcs", "3"], ["--epohcs", "--epochs"]),
+        (["demo", "--epochs", "three"], ["--epochs", "three"]),
+        (["demo", "--epochs", "0"], ["--epochs 0", "1 or more"]),
+        (["demo", "--model.receptive-field", "30"], ["receptive_field=30", "29"]),
+        (["demo", "--loss.local-to-global", "1.5"], ["local_to_global=1.5", "0 to 1"]),
+        (["demo", "--loss.combine", "product"], ["combine", "product", "convex"]),
+        (["imagenette"], ["--data", "cossl convert"]),
+        (["imagenette", "--data", "nowhere"], ["nowhere does not exist", "train.beton"]),
+        (["imagenette", "--resume"], ["--resume needs --run-dir"]),
+        (["demo", "--loader.backend", "synthetic", "--resume", "--run-dir", "nowhere"], ["nowhere", "nothing to resume"]),
+        (["demo", "--loader.backend", "synthetic", "--positions.strategy", "uniform", "--positions.count", "99"], ["99 positions", "64"]),
+        (["demo", "--loader.backend", "synthetic", "--batch-size", "5000"], ["5000", "4096", "--batch-size"]),
+        (["demo", "--loader.backend", "synthetic", "--views.crop-min", "0"], ["crop area"]),
+    ],
+)
+def test_a_mistake_is_one_line_with_its_remedy(capsys, tmp_path, monkeypatch, argv: list[str], words: list[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = complaint(capsys, argv)
+    assert all(word in said for word in words), said
+    assert not any(tmp_path.iterdir()), "a refused run must leave nothing"
+
+
+def test_too_large_a_batch_and_bad_folders(capsys, pictures: Path, tmp_path: Path) -> None:
+    said = complaint(capsys, ["imagenette", "--data", str(pictures), "--batch-size", "100"])
+    assert "100 is larger than the set of 80" in said
+    (tmp_path / "train").mkdir()
+    (tmp_path / "val").mkdir()
+    assert "is empty" in complaint(capsys, ["imagenette", "--data", str(tmp_path)])
+    (tmp_path / "train" / "cat").mkdir()
+    assert "without pictures: cat" in complaint(capsys, ["imagenette", "--data", str(tmp_path)])
+
+
+def test_a_cut_beton_is_refused(capsys, betons: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        whole = (betons / f"{split}.beton").read_bytes()
+        (tmp_path / f"{split}.beton").write_bytes(whole[: len(whole) // 2])
+    said = complaint(capsys, ["imagenette", "--data", str(tmp_path), "--batch-size", "16"])
+    assert "train.beton" in said
+    assert "cossl convert" in said
+
+
+def test_a_run_folder_is_never_overwritten(capsys, finished: Path, pictures: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in finished.iterdir()}
+    assert "holds something already" in complaint(capsys, ["demo", "--data", str(pictures), "--run-dir", str(finished), *TINY])
+    assert {p: p.stat().st_mtime_ns for p in finished.iterdir()} == before
+
+
+def test_a_checkpoint_of_another_config_is_refused(capsys, finished: Path, pictures: Path) -> None:
+    before = (finished / "last.pt").read_bytes()
+    flags = ["--data", str(pictures), "--run-dir", str(finished), "--epochs", "3", "--loader.workers", "0", *TINY, "--resume"]
+    said = complaint(capsys, ["demo", *flags, "--loss.local-weight", "0.5"])
+    assert "--loss.local-weight 0.3 (now 0.5)" in said
+    (finished / "last.pt").write_bytes(before[:1000])
+    assert "last.pt" in complaint(capsys, ["demo", *flags])
+    (finished / "last.pt").write_bytes(before)
+
+
+def test_every_preset_is_valid_and_documented() -> None:
+    for name, preset in train.PRESETS.items():
+        assert preset.__doc__
+        assert train.parse([name])[1] == preset()
