@@ -36,7 +36,7 @@ from cossl.pipelines.augment import augment, normalize
 from cossl.pipelines.batch import Batch, Loader, LoaderSpec
 from cossl.pipelines.convert import convert
 from cossl.pipelines.demo_set import make_demo_set
-from cossl.pipelines.picture import draw_batch
+from cossl.pipelines.picture import draw_batch, draw_curves
 from cossl.pipelines.positions import PositionSpec, Strategy
 
 # ------------------------------------------------------------------------------------------------- what a run is
@@ -265,7 +265,7 @@ def load_checkpoint(run_dir: Path, config: Config, num_samples: int) -> dict[str
     changed = [k for k in now if k not in RESUME_MAY_CHANGE and then.get(k) != now[k]]
     if changed:
         listing = ", ".join(f"--{k.replace('_', '-')} {then.get(k)} (now {now[k]})" for k in changed)
-        raise ValueError(f"{run_dir / 'last.pt'} is of another config: it was made with {listing}. Resume with the same flags, or start a new run")
+        raise ValueError(f"{run_dir / 'last.pt'} is of another config, made with {listing}: resume with the same flags, or start a new run")
     if state["num_samples"] != num_samples:
         raise ValueError(f"{run_dir / 'last.pt'} was trained on {state['num_samples']} pictures, --data has {num_samples}")
     return state
@@ -288,12 +288,16 @@ def keep_metrics(path: Path, last_step: int) -> None:
 
 # ------------------------------------------------------------------------------------------------- one step
 
+Forward = Callable[[list[Tensor], Tensor], dict[str, Tensor]]
 
-def step_(model: CoByol, optimizer: torch.optim.Optimizer, batch: Batch, config: Config, lr: float, tau: float) -> dict[str, Tensor]:
-    """One optimizer step and one target update; the loss terms stay on the device."""
+
+def step_(
+    model: CoByol, forward: Forward, optimizer: torch.optim.Optimizer, batch: Batch, config: Config, lr: float, tau: float
+) -> dict[str, Tensor]:
+    """One optimizer step and one target update; the loss terms stay on the device. `forward` is the model, perhaps compiled."""
     views = [augment(view, batch.photometry[:, v]) for v, view in enumerate(batch.split())]
     with torch.autocast(batch.index.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        terms: dict[str, Tensor] = model(views, batch.positions)
+        terms = forward(views, batch.positions)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad(set_to_none=True)
@@ -320,7 +324,7 @@ def train(config: Config, model: CoByol, loader: Loader, device: torch.device, r
         keep_metrics(run_dir / "metrics.jsonl", step)
         say(f"resumed at step {step:,} of {total:,}")
     learning_rate(0, total, warmup, peak)  # a warm-up longer than the run is refused before the first step
-    compiled = torch.compile(model) if config.compile and device.type == "cuda" else model
+    forward = torch.compile(model) if config.compile and device.type == "cuda" else model
     meter = Meter(total, step, config.batch_size)
     with open(run_dir / "metrics.jsonl", "a") as metrics:
         while step < total:
@@ -328,7 +332,7 @@ def train(config: Config, model: CoByol, loader: Loader, device: torch.device, r
             for batch in loader.epoch(epoch, first):
                 batch = batch.to(device)
                 lr, tau = learning_rate(step, total, warmup, peak), ema_tau(step, total, config.optim.ema_tau)
-                terms = step_(compiled, optimizer, batch, config, lr, tau)
+                terms = step_(model, forward, optimizer, batch, config, lr, tau)
                 step += 1
                 window = {k: window[k] + v if k in window else v.clone() for k, v in terms.items()}
                 meter.tick(step)
@@ -337,7 +341,7 @@ def train(config: Config, model: CoByol, loader: Loader, device: torch.device, r
                     record = {k: v / length for k, v in zip(window, torch.stack(list(window.values())).tolist(), strict=True)}
                     window = {}
                     if not all(abs(v) < float("inf") for v in record.values()):
-                        raise RuntimeError(f"the loss is not finite between steps {step - length} and {step}: {record}; lower --optim.base-lr")
+                        raise RuntimeError(f"loss not finite between steps {step - length} and {step}: {record}; lower --optim.base-lr")
                     line = {"step": step, "epoch": step / steps_per_epoch, **record, "lr": lr, "ema_tau": tau}
                     metrics.write(json.dumps(line | {"images_per_s": round(meter.rate(), 1)}) + "\n")
                     metrics.flush()
@@ -408,24 +412,6 @@ def evaluate(networks: dict[str, CoByol], train_set: Loader, val_set: Loader, de
     return results
 
 
-def draw_curves(run_dir: Path) -> None:
-    """curves.png: every loss term, the spread and the learning rate over the epochs. Needs matplotlib (the extra `log`)."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        say("no curves.png: matplotlib is missing, pip install -c constraints.txt -e '.[log]'")
-        return
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    panels = [[k for k in records[0] if k not in ("step", "epoch", "std", "lr", "ema_tau", "images_per_s")], ["std"], ["lr"]]
-    figure = Figure(figsize=(12, 3.4), layout="constrained")
-    for axes, names in zip(figure.subplots(1, 3), panels, strict=True):
-        for name in names:
-            axes.plot([r["epoch"] for r in records], [r[name] for r in records], label=name)
-        axes.set_xlabel("epoch")
-        axes.legend()
-    figure.savefig(run_dir / "curves.png", dpi=110)
-
-
 def show(results: dict[str, Any]) -> None:
     rows = [("trained", "trained"), ("untrained", "same network, untrained"), ("pixels", "12 x 12 pixels")]
     say(f"\n{'top-1, percent':<26}{'linear':>8}{'20-NN':>8}")
@@ -445,10 +431,10 @@ def setup(preset: str, config: Config) -> tuple[Config, Path, torch.device, dict
     networks = {}
     for name in ("trained", "untrained"):
         torch.manual_seed(config.seed)
-        networks[name] = CoByol(config.model, config.loss).to(device=device, memory_format=torch.channels_last)
+        networks[name] = CoByol(config.model, config.loss).to(device).to(memory_format=torch.channels_last)
     grid = position_grid(networks["trained"].online.backbone, config.views.size_px)
     count = config.positions.count or grid.size**2
-    positions = PositionSpec(config.positions.strategy, count, grid.size, grid.stride_px, grid.offset_px, grid.receptive_field_px, grid.view_px)
+    positions = PositionSpec(config.positions.strategy, count, *grid)
     if preset == "demo" and config.data is None and config.loader.backend != "synthetic":
         config = replace(config, data=demo_data())
     loaders = open_loaders(config, positions)
@@ -464,7 +450,8 @@ def run(preset: str, config: Config, ready: Any) -> dict[str, Any]:
     began, model = time.perf_counter(), networks["trained"]
     write_json(run_dir / "config.json", {"preset": preset} | flatten(config))
     size = sum(p.numel() for p in model.online.backbone.parameters()) / 1e6
-    say(f"{config.model.backbone}: {size:.2f} M parameters, {positions.size} x {positions.size} positions of {positions.receptive_field_px} px")
+    n, field_px = positions.size, positions.receptive_field_px
+    say(f"{config.model.backbone}: {size:.2f} M parameters, {n} x {n} positions that see {field_px} px each")
     say(f"{config.epochs} epochs of {len(loaders[0])} steps, batch {config.batch_size}, {device}, {config.precision} -> {run_dir}")
     sample = next(iter(loaders[0].epoch(0)))
     shown = [augment(view[:4], sample.photometry[:4, v]) for v, view in enumerate(sample.split())]
@@ -472,8 +459,9 @@ def run(preset: str, config: Config, ready: Any) -> dict[str, Any]:
     rate = train(config, model, loaders[0], device, run_dir)
     results: dict[str, Any] = evaluate(networks, loaders[1], loaders[2], device)
     results |= {"images_per_s": round(rate, 1), "protocol": probe.PROTOCOL | {"eval_px": config.eval_px, "features": "pooled, eval mode"}}
-    results |= {"seconds": round(time.perf_counter() - began, 1), "torch": torch.__version__, "device": str(device), "threads": torch.get_num_threads()}
-    draw_curves(run_dir)
+    results |= {"seconds": round(time.perf_counter() - began, 1), "torch": torch.__version__}
+    results |= {"device": str(device), "threads": torch.get_num_threads()}
+    draw_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
     write_json(run_dir / "results.json", results)
     show(results)
     for loader in loaders:

@@ -30,7 +30,9 @@ def find_split(data: Path, split: str, backend: str = "auto") -> Path:
         return folder
     if folder.is_dir():
         raise FileNotFoundError(f"{beton} does not exist and the ffcv loader reads nothing else: run `cossl convert {folder} {beton}`")
-    raise FileNotFoundError(f"no {split} pictures in {data}: expected {beton.name} (from `cossl convert`) or a folder {split}/ with a folder per class")
+    raise FileNotFoundError(
+        f"no {split} pictures in {data}: expected {beton.name} (from `cossl convert`) or a folder {split}/ with a folder per class"
+    )
 
 
 def choose_backend(backend: str, source: Path) -> str:

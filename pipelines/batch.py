@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import numpy as np
@@ -35,9 +35,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`; from pinned memory the copy does not wait."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved["views"] = tuple(view.to(device, non_blocking=True) for view in self.views)
-        return Batch(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()})
+        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self) if f.name != "views"}
+        return replace(self, views=tuple(view.to(device, non_blocking=True) for view in self.views), **moved)
 
     def split(self) -> list[UInt8[Tensor, "b 3 s s"]]:
         """Each view on its own, in the recipe's order; no copy."""
@@ -84,7 +83,9 @@ class LoaderSpec:
         if not self.shuffle:
             return -(-num_samples // self.batch_size)
         if self.batch_size > num_samples:
-            raise ValueError(f"batch size {self.batch_size} is larger than the set of {num_samples} pictures: use --batch-size {num_samples} or less")
+            raise ValueError(
+                f"batch size {self.batch_size} is larger than the set of {num_samples} pictures: use --batch-size {num_samples} or less"
+            )
         return num_samples // self.batch_size
 
     def order(self, num_samples: int, epoch: int) -> Int[np.ndarray, "n"]:

@@ -1,7 +1,8 @@
-"""A batch as a picture: the sources with their boxes, and beside them the views as the network sees them."""
+"""Pictures of a run: a batch as the network sees it, and the curves of its metrics."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -24,7 +25,9 @@ def _pixels(view: Float[Tensor, "3 s s"]) -> UInt8[np.ndarray, "s s 3"]:
     return ((view.float().cpu().permute(1, 2, 0) * std + mean).clamp(0, 1) * 255).round().byte().numpy()
 
 
-def _source_tile(picture: np.ndarray, boxes: np.ndarray, flips: np.ndarray, positions: np.ndarray, spec: PositionSpec | None) -> Image.Image:
+def _source_tile(
+    picture: np.ndarray, boxes: np.ndarray, flips: np.ndarray, positions: np.ndarray, spec: PositionSpec | None
+) -> Image.Image:
     image = Image.fromarray(picture)
     scale = TILE_PX / max(image.size)
     width, height = max(1, round(image.width * scale)), max(1, round(image.height * scale))
@@ -47,7 +50,9 @@ def _view_tile(view: Tensor, positions: np.ndarray, spec: PositionSpec | None, c
     if spec is not None:
         scale, half = TILE_PX / spec.view_px, spec.receptive_field_px / 2
         chosen = positions[positions >= 0]
-        centres = [((spec.offset_px + spec.stride_px * (p % spec.size)), (spec.offset_px + spec.stride_px * (p // spec.size))) for p in chosen]
+        centres = [
+            ((spec.offset_px + spec.stride_px * (p % spec.size)), (spec.offset_px + spec.stride_px * (p // spec.size))) for p in chosen
+        ]
         for x, y in centres[:: max(1, len(centres) // FIELDS_SHOWN)][:FIELDS_SHOWN]:
             draw.rectangle([scale * c for c in (x - half, y - half, x + half, y + half)], outline="white")
         for x, y in centres:
@@ -78,3 +83,21 @@ def draw_batch(
         for column, tile in enumerate(tiles):
             sheet.paste(tile, (GAP_PX + step * column, GAP_PX + step * b))
     sheet.save(path)
+
+
+def draw_curves(metrics: Path, path: Path) -> None:
+    """Writes a PNG of every loss term, the spread and the learning rate over the epochs, from the lines of metrics.jsonl."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"no {path.name}: matplotlib is missing, pip install -c constraints.txt -e '.[log]'")
+        return
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    panels = [[k for k in records[0] if k not in ("step", "epoch", "std", "lr", "ema_tau", "images_per_s")], ["std"], ["lr"]]
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    for axes, names in zip(figure.subplots(1, 3), panels, strict=True):
+        for name in names:
+            axes.plot([r["epoch"] for r in records], [r[name] for r in records], label=name)
+        axes.set_xlabel("epoch")
+        axes.legend()
+    figure.savefig(path, dpi=110)

@@ -32,8 +32,8 @@ class PositionSpec:
     count: int
     size: int
     stride_px: float
-    offset_px: float
     receptive_field_px: float
+    offset_px: float
     view_px: int
 
     def __post_init__(self) -> None:
@@ -42,7 +42,9 @@ class PositionSpec:
         if not 1 <= self.count <= self.size**2:
             raise ValueError(f"{self.count} positions asked for, but the {self.size} x {self.size} map has 1 to {self.size**2}")
         if self.strategy == "all" and self.count != self.size**2:
-            raise ValueError(f"strategy 'all' takes all {self.size**2} positions, not {self.count}: leave the count at 0, or choose 'uniform'")
+            raise ValueError(
+                f"strategy 'all' takes all {self.size**2} positions, not {self.count}: leave the count at 0, or choose 'uniform'"
+            )
 
 
 @njit(cache=True, nogil=True)
@@ -96,9 +98,7 @@ def sample_positions(
     return out
 
 
-def source_points(
-    spec: PositionSpec, positions: Int[np.ndarray, "k"], box: Float[np.ndarray, "4"], flip: bool
-) -> Float[np.ndarray, "k 2"]:
+def source_points(spec: PositionSpec, positions: Int[np.ndarray, "k"], box: Float[np.ndarray, "4"], flip: bool) -> Float[np.ndarray, "k 2"]:
     """Centres (x, y) of the positions of one view as fractions of the source picture."""
     x = (spec.offset_px + spec.stride_px * (positions % spec.size)) / spec.view_px
     y = (spec.offset_px + spec.stride_px * (positions // spec.size)) / spec.view_px

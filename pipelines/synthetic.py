@@ -39,7 +39,9 @@ class SyntheticLoader:
             yield assemble(self.spec, epoch, views, box_fractions(boxes, *sizes), flips, photometry, index, index % NUM_CLASSES)
 
     def picture(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
-        return np.random.Generator(np.random.Philox(key=[self.spec.seed, index + 1])).integers(0, 256, (PICTURE_PX, PICTURE_PX, 3), np.uint8)
+        return np.random.Generator(np.random.Philox(key=[self.spec.seed, index + 1])).integers(
+            0, 256, (PICTURE_PX, PICTURE_PX, 3), np.uint8
+        )
 
     def close(self) -> None:
         """Nothing is held."""

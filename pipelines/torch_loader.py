@@ -38,7 +38,9 @@ class Folder:
                 warnings.simplefilter("ignore")  # a broken EXIF block does not touch the pixels
                 return ImageOps.exif_transpose(Image.open(self.files[index])).convert("RGB")
         except OSError as error:
-            raise RuntimeError(f"cannot read {self.files[index]}: {error}. Remove it, or run `cossl convert`, which sets broken pictures aside") from None
+            raise RuntimeError(
+                f"cannot read {self.files[index]}: {error}. Remove it, or run `cossl convert`, which sets broken pictures aside"
+            ) from None
 
 
 class BetonPictures:

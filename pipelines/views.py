@@ -37,10 +37,9 @@ class ViewSpec:
 
     def row(self) -> np.ndarray:
         """The same as one float64 row, in the order that `geometry.sample_views` reads."""
-        return np.array(
-            [*self.area_frac, *self.aspect, self.flip_p, self.jitter_p, self.brightness, self.contrast, self.saturation, self.hue]
-            + [self.grayscale_p, self.blur_p, *self.blur_sigma_px, self.solarize_p, self.centre_frac]
-        )
+        jitter = (self.jitter_p, self.brightness, self.contrast, self.saturation, self.hue)
+        rest = (self.grayscale_p, self.blur_p, *self.blur_sigma_px, self.solarize_p, self.centre_frac)
+        return np.array([*self.area_frac, *self.aspect, self.flip_p, *jitter, *rest])
 
 
 def _blurred(size_px: int, crop_min: float) -> ViewSpec:

@@ -21,7 +21,9 @@ from cossl.pipelines.cut import cut
 from cossl.pipelines.positions import PositionSpec
 from cossl.pipelines.views import ViewSpec, byol, evaluation
 
-BACKENDS = [pytest.param(name, marks=pytest.mark.skipif(name == "ffcv" and find_spec("ffcv") is None, reason="no ffcv")) for name in LOADERS]
+BACKENDS = [
+    pytest.param(name, marks=pytest.mark.skipif(name == "ffcv" and find_spec("ffcv") is None, reason="no ffcv")) for name in LOADERS
+]
 GRID = PositionSpec("overlap", 9, size=6, stride_px=8, offset_px=0.5, receptive_field_px=17, view_px=48)
 SPEC = LoaderSpec(byol(48, 0.3), batch_size=16, seed=2, positions=GRID, workers=1)
 

@@ -6,11 +6,11 @@ import ast
 import os
 import subprocess
 import sys
-import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+import tomllib
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -57,7 +57,9 @@ def test_a_heavy_package_is_imported_by_one_file_and_inside_a_function(package: 
     for file in SOURCES:
         tree = ast.parse(file.read_text())
         for node in ast.walk(tree):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+            names = (
+                [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+            )
             if any(name and (name == package or name.startswith(package + ".")) for name in names):
                 users.add(file.name)
                 assert node not in tree.body, f"{file.name} imports {package} at module level"

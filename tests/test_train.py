@@ -18,7 +18,20 @@ from PIL import Image
 from cossl import train
 from cossl.models import checkpoint
 
-TINY = ["--batch-size", "16", "--log-every", "1", "--views.size-px", "16", "--eval-px", "16", "--model.width", "4", "--model.receptive-field", "9"]
+TINY = [
+    "--batch-size",
+    "16",
+    "--log-every",
+    "1",
+    "--views.size-px",
+    "16",
+    "--eval-px",
+    "16",
+    "--model.width",
+    "4",
+    "--model.receptive-field",
+    "9",
+]
 TINY += ["--model.hidden-dim", "16", "--model.out-dim", "8", "--optim.warmup-epochs", "1", "--loader.backend", "torch", "--device", "cpu"]
 
 
