@@ -154,7 +154,7 @@ def _orientation(picture: Image.Image) -> int:
     """EXIF orientation 1..8; 1 for none, for values outside that range and for EXIF blocks that cannot be read."""
     try:
         value = picture.getexif().get(0x0112, 1)
-    except Exception:  # Pillow's EXIF reader raises struct, Syntax, Value and Type errors on broken blocks
+    except Exception:  # whatever a broken EXIF block makes Pillow raise, it must not cost the picture
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
