@@ -113,6 +113,9 @@ class Config:
         for name, low in [("epochs", 1), ("batch_size", 2), ("log_every", 1), ("checkpoint_every", 0), ("seed", 0), ("eval_px", 8)]:
             if getattr(self, name) < low:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected {low} or more")
+        if self.model.width < 8:
+            # 2, 4, 5, 6 and 7 channels ended in "free(): invalid size" in the backward pass of torch 2.15 on a CPU; 8 and more ran.
+            raise ValueError(f"--model.width {self.model.width}: expected 8 or more, torch's channels-last convolutions crash below that")
 
     def recipe(self) -> tuple[view_recipes.ViewSpec, ...]:
         return view_recipes.RECIPES[self.views.recipe](self.views.size_px, self.views.crop_min)
@@ -243,8 +246,8 @@ def write_json(path: Path, value: Any) -> None:
     part.replace(path)
 
 
-def open_run_dir(config: Config, preset: str) -> Path:
-    """The run's folder: new for a new run, and one with a checkpoint for --resume. Never one that holds another run."""
+def choose_run_dir(config: Config, preset: str) -> Path:
+    """The run's folder, not yet made: new for a new run, one with a checkpoint for --resume. Never one that holds another run."""
     if config.resume:
         if config.run_dir is None:
             raise ValueError("--resume needs --run-dir, the folder of the run to go on with")
@@ -254,7 +257,6 @@ def open_run_dir(config: Config, preset: str) -> Path:
     run_dir = config.run_dir or Path("runs") / f"{preset}-{datetime.now():%Y%m%d-%H%M%S}"
     if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
         raise ValueError(f"{run_dir} holds something already: go on with it by --resume, or choose another --run-dir")
-    run_dir.mkdir(parents=True, exist_ok=True)
     return run_dir
 
 
@@ -428,6 +430,7 @@ def setup(preset: str, config: Config) -> tuple[Config, Path, torch.device, dict
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no GPU is visible to torch; use --device cpu, or mend the driver")
     device = torch.device("cuda" if config.device == "auto" and torch.cuda.is_available() else config.device.replace("auto", "cpu"))
+    run_dir = choose_run_dir(config, preset)
     networks = {}
     for name in ("trained", "untrained"):
         torch.manual_seed(config.seed)
@@ -438,7 +441,6 @@ def setup(preset: str, config: Config) -> tuple[Config, Path, torch.device, dict
     if preset == "demo" and config.data is None and config.loader.backend != "synthetic":
         config = replace(config, data=demo_data())
     loaders = open_loaders(config, positions)
-    run_dir = open_run_dir(config, preset)
     if config.resume:
         load_checkpoint(run_dir, config, loaders[0].num_samples)
     return config, run_dir, device, networks, positions, loaders
@@ -448,6 +450,7 @@ def run(preset: str, config: Config, ready: Any) -> dict[str, Any]:
     """Trains, evaluates, writes results.json; what `setup` returned is `ready`."""
     config, run_dir, device, networks, positions, loaders = ready
     began, model = time.perf_counter(), networks["trained"]
+    run_dir.mkdir(parents=True, exist_ok=True)
     write_json(run_dir / "config.json", {"preset": preset} | flatten(config))
     size = sum(p.numel() for p in model.online.backbone.parameters()) / 1e6
     n, field_px = positions.size, positions.receptive_field_px

@@ -36,7 +36,8 @@ class Folder:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a broken EXIF block does not touch the pixels
-                return ImageOps.exif_transpose(Image.open(self.files[index])).convert("RGB")
+                with Image.open(self.files[index]) as picture:
+                    return ImageOps.exif_transpose(picture).convert("RGB")
         except OSError as error:
             raise RuntimeError(
                 f"cannot read {self.files[index]}: {error}. Remove it, or run `cossl convert`, which sets broken pictures aside"

@@ -141,8 +141,8 @@ def test_labels_follow_the_class_folders(pictures: Path, open_loader) -> None:
     assert loader.class_names == tuple(names)
     batch = next(iter(loader.epoch(0)))
     assert [names[i] for i in batch.label] == [file.parent.name for file in files]
-    expected = np.asarray(Image.open(files[5]).convert("RGB"))
-    np.testing.assert_array_equal(loader.picture(5), expected)
+    with Image.open(files[5]) as picture:
+        np.testing.assert_array_equal(loader.picture(5), np.asarray(picture.convert("RGB")))
 
 
 def test_a_broken_picture_in_a_folder_is_named(tmp_path: Path) -> None:

@@ -18,21 +18,10 @@ from PIL import Image
 from cossl import train
 from cossl.models import checkpoint
 
-TINY = [
-    "--batch-size",
-    "16",
-    "--log-every",
-    "1",
-    "--views.size-px",
-    "16",
-    "--eval-px",
-    "16",
-    "--model.width",
-    "4",
-    "--model.receptive-field",
-    "9",
-]
-TINY += ["--model.hidden-dim", "16", "--model.out-dim", "8", "--optim.warmup-epochs", "1", "--loader.backend", "torch", "--device", "cpu"]
+TINY = (
+    "--batch-size 16 --log-every 1 --views.size-px 16 --eval-px 16 --model.width 8 --model.receptive-field 9 --model.hidden-dim 16"
+    " --model.out-dim 8 --optim.warmup-epochs 1 --loader.backend torch --device cpu"
+).split()
 
 
 def run(data: Path, run_dir: Path, *flags: str) -> dict:
@@ -86,10 +75,10 @@ def test_a_run_leaves_its_record(finished: Path) -> None:
     assert {"loss", "global", "local_to_global", "global_to_local", "lr", "ema_tau"} <= set(metrics(finished)[0])
     config = json.loads((finished / "config.json").read_text())
     assert config["preset"] == "demo"
-    assert config["model.width"] == 4
-    sheet = Image.open(finished / "batch.png")
-    assert sheet.size == (3 * 264 + 8, 4 * 264 + 8)
-    assert Image.open(finished / "curves.png").width > 500
+    assert config["model.width"] == 8
+    with Image.open(finished / "batch.png") as sheet, Image.open(finished / "curves.png") as curves:
+        assert sheet.size == (3 * 264 + 8, 4 * 264 + 8)
+        assert curves.width > 500
 
 
 def test_training_moves_the_weights_and_the_untrained_row_does_not(finished: Path) -> None:
@@ -146,6 +135,7 @@ def test_a_non_finite_loss_names_the_steps(pictures: Path, tmp_path: Path) -> No
         (["demo", "--epochs", "three"], ["--epochs", "three"]),
         (["demo", "--epochs", "0"], ["--epochs 0", "1 or more"]),
         (["demo", "--model.receptive-field", "30"], ["receptive_field=30", "29"]),
+        (["demo", "--model.width", "4"], ["--model.width 4", "8 or more"]),
         (["demo", "--loss.local-to-global", "1.5"], ["local_to_global=1.5", "0 to 1"]),
         (["demo", "--loss.combine", "product"], ["combine", "product", "convex"]),
         (["imagenette"], ["--data", "cossl convert"]),
