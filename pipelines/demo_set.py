@@ -1,10 +1,12 @@
 """The demo pictures: an ImageFolder of small JPEGs whose class is the set of textured parts that occur together.
 
-Source: CO-SSL's subject (arXiv 2501.02860), spatial co-occurrence, in miniature. Each of the 10 classes is one block of the 2-(6,3,2) design over six
-part types: every part type is in 5 classes and every pair in 2, so one part leaves five classes, two parts leave two and only all three tell.
+Source: CO-SSL's subject (arXiv 2501.02860), spatial co-occurrence, in miniature. Each of the 10 classes is one block of the 2-(6,3,2)
+design over six part types: every type is in 5 classes and every pair in 2, so one type leaves five classes, two leave two and only all
+three tell. Each type occurs two or three times in a picture, in other colours each time: what two crops of one picture share is which
+types they show, and hardly anything else.
 
-Trap: colour, contrast polarity, size, rotation, phase, shape, place, background and clutter are drawn without looking at the class. A class that
-leaked through any of them would be read off by the pixel floor or by an untrained network, and the demo would show nothing.
+Trap: colour, size, rotation, phase, shape, place, background and clutter are drawn without looking at the class, and a part's mean is the
+same whatever its texture. A class that leaked through any of them would be read off by the pixel floor, and the demo would show nothing.
 """
 
 from __future__ import annotations
@@ -29,41 +31,50 @@ Plane = NDArray[np.float32]
 
 VERSION = "v1"  # part of the folder's name: raise it with every change that alters a pixel
 TRAIN_COUNT, VAL_COUNT = 2400, 600
-SIDE_PX = (96, 128)
+SIDE_PX = (104, 120)
 JPEG_QUALITY = 90
 STALE_S = 3600.0
+
+GRID = 3
+CLUTTER = 1  # of the nine shapes
+RADIUS = (0.42, 0.5)  # of a grid cell's side; a part is 0.28 to 0.33 of the picture's
+SHAKE = 0.08
+TURN = 0.35  # radians, to either side
+TINT = 0.10
+BACKGROUND = 0.05
+MARGIN = 24  # the largest radius in pixels and the soft rim
 
 # (part types of a class): 10 blocks, each part in 5, each pair in 2.
 BLOCKS = ((0, 1, 2), (0, 1, 3), (0, 2, 4), (0, 3, 5), (0, 4, 5), (1, 2, 5), (1, 3, 4), (1, 4, 5), (2, 3, 4), (2, 3, 5))
 
 
-def _stripes(u: Plane, v: Plane, phase: float) -> Plane:
+def _stripes(u: Plane, v: Plane, phase: Plane) -> Plane:
     return np.sin(8.0 * u + phase)
 
 
-def _checker(u: Plane, v: Plane, phase: float) -> Plane:
+def _checker(u: Plane, v: Plane, phase: Plane) -> Plane:
     return 2.0 * np.sin(5.5 * u + phase) * np.sin(5.5 * v + phase)
 
 
-def _dots(u: Plane, v: Plane, phase: float) -> Plane:
+def _dots(u: Plane, v: Plane, phase: Plane) -> Plane:
     s, h = 7.0 * u + phase, 7.0 * 0.8660254 * v
     return np.cos(s) + 2.0 * np.cos(0.5 * s) * np.cos(h) - 0.6
 
 
-def _rings(u: Plane, v: Plane, phase: float) -> Plane:
+def _rings(u: Plane, v: Plane, phase: Plane) -> Plane:
     return np.sin(9.0 * np.sqrt(u * u + v * v) + phase)
 
 
-def _rays(u: Plane, v: Plane, phase: float) -> Plane:
+def _rays(u: Plane, v: Plane, phase: Plane) -> Plane:
     return 1.5 * np.sin(5.0 * np.arctan2(v, u) + phase)
 
 
-def _zigzag(u: Plane, v: Plane, phase: float) -> Plane:
+def _zigzag(u: Plane, v: Plane, phase: Plane) -> Plane:
     return np.sin(8.0 * (u + 0.9 * np.abs((1.1 * v + phase) % 1.4 - 0.7)) + phase)
 
 
 # Each takes coordinates in units of the part's radius and returns about -1..1; its sign is ink or ground.
-PARTS: dict[str, Callable[[Plane, Plane, float], Plane]] = {
+PARTS: dict[str, Callable[[Plane, Plane, Plane], Plane]] = {
     "stripes": _stripes,
     "checker": _checker,
     "dots": _dots,
@@ -73,13 +84,19 @@ PARTS: dict[str, Callable[[Plane, Plane, float], Plane]] = {
 }
 
 
-class Blob(NamedTuple):
-    """One shape of a picture: place and radius in pixels, and the part type, or None for plain clutter."""
+class Shapes(NamedTuple):
+    """The shapes of one picture, one row each: place and radius in pixels, part type (-1: plain clutter), looks."""
 
-    x: float
-    y: float
-    radius: float
-    part: int | None
+    x: Plane
+    y: Plane
+    radius: Plane
+    part: NDArray[np.int64]
+    turn: Plane
+    phase: Plane
+    square: NDArray[np.bool_]
+    middle: Plane
+    contrast: Plane
+    tint: Plane  # [shape, ink or ground, rgb], each of zero mean over rgb
 
 
 def class_names() -> list[str]:
@@ -88,67 +105,82 @@ def class_names() -> list[str]:
     return sorted("-".join(names[p] for p in block) for block in BLOCKS)
 
 
-def _colour(rng: np.random.Generator, light: float, saturation: float) -> Plane:
-    """An RGB triple 0..1 of random hue whose mean is `light`."""
-    angle = rng.uniform(0.0, 2.0 * math.pi) + np.array([0.0, 2.0, 4.0]) * math.pi / 3.0
-    return np.clip(light + saturation * np.cos(angle), 0.0, 1.0).astype(np.float32)
-
-
 def _background(rng: np.random.Generator, width: int, height: int) -> Plane:
-    """`[h w 3]`, mid-grey with a faint gradient and low-frequency noise: alike in all pictures, for one that names its picture is a shortcut."""
-    coarse = rng.uniform(-1.0, 1.0, (4, 4)).astype(np.float32)
-    noise = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
-    return 0.5 + 0.06 * noise[..., None] + (_colour(rng, 0.0, 0.0) + rng.uniform(-0.03, 0.03, 3).astype(np.float32))
+    """`[h w 3]`, grey with faint clouds, alike in all pictures: a background that names its picture would be a shortcut for the training."""
+    coarse = rng.uniform(-1.0, 1.0, (3, 4, 4)).astype(np.float32)
+    clouds = [Image.fromarray(c).resize((width, height), Image.Resampling.BICUBIC) for c in coarse - coarse.mean((1, 2), keepdims=True)]
+    return np.float32(0.5) + np.float32(BACKGROUND) * np.stack([np.asarray(c) for c in clouds], -1)
 
 
-def _place(rng: np.random.Generator, width: int, height: int, parts: list[int | None]) -> list[Blob]:
-    """The shapes at random places that barely overlap: each takes, of 24 random places, the first that is free, else the freest."""
-    side = min(width, height)
-    blobs: list[Blob] = []
-    for part in parts:
-        radius = side * (rng.uniform(0.13, 0.18) if part is not None else rng.uniform(0.05, 0.09))
-        places = rng.uniform(0.9 * radius, np.array([width, height]) - 0.9 * radius, (24, 2))
-        gaps = [min((math.hypot(x - b.x, y - b.y) - radius - b.radius for b in blobs), default=0.0) for x, y in places]
-        best = next((i for i, gap in enumerate(gaps) if gap >= -1.0), int(np.argmax(gaps)))
-        blobs.append(Blob(float(places[best, 0]), float(places[best, 1]), radius, part))
-    return blobs
+def _shapes(rng: np.random.Generator, block: tuple[int, ...], width: int, height: int) -> Shapes:
+    """Nine shapes on a shaken grid: each type of the block two or three times, and CLUTTER plain ones."""
+    part = np.array([*rng.permutation(block), *rng.permutation(block), *rng.permutation(block)])
+    part[GRID * GRID - CLUTTER :] = -1
+    cell = rng.permutation(GRID * GRID)
+    draw = rng.random((GRID * GRID, 10)).astype(np.float32)
+    shake_x, shake_y, size, turn, phase, square, middle, contrast, hue_ink, hue_ground = draw.T
+    column, row = np.divmod(cell, GRID)
+    across = math.sqrt(width * height) / GRID
+    hue = np.stack([hue_ink, hue_ground], 1)[..., None] * np.float32(2.0 * math.pi) + np.array([0.0, 2.1, 4.2], np.float32)
+    size_low, size_high = RADIUS
+    return Shapes(
+        x=(column + 0.5 + SHAKE * (2.0 * shake_x - 1.0)).astype(np.float32) * np.float32(width / GRID),
+        y=(row + 0.5 + SHAKE * (2.0 * shake_y - 1.0)).astype(np.float32) * np.float32(height / GRID),
+        radius=across * (size_low + (size_high - size_low) * size) * np.where(part < 0, np.float32(0.6), np.float32(1.0)),
+        part=part,
+        turn=TURN * (2.0 * turn - 1.0),
+        phase=2.0 * math.pi * phase,
+        square=square < 0.5,
+        middle=0.47 + 0.06 * middle,
+        contrast=0.58 + 0.14 * contrast,
+        tint=TINT * np.cos(hue),
+    )
 
 
-def _paint(rng: np.random.Generator, canvas: Plane, blob: Blob) -> None:
-    """Paints one shape into the canvas: a rotated disc or rounded square, with antialiased texture and rim."""
-    height, width = canvas.shape[:2]
-    reach = blob.radius + 2.0
-    x0, x1 = max(0, int(blob.x - reach)), min(width, int(blob.x + reach) + 2)
-    y0, y1 = max(0, int(blob.y - reach)), min(height, int(blob.y + reach) + 2)
-    dx = ((np.arange(x0, x1) - blob.x) / blob.radius).astype(np.float32)[None, :]
-    dy = ((np.arange(y0, y1) - blob.y) / blob.radius).astype(np.float32)[:, None]
-    turn, phase = rng.uniform(0.0, 2.0 * math.pi, 2)
-    u = np.float32(math.cos(turn)) * dx + np.float32(math.sin(turn)) * dy
-    v = np.float32(math.cos(turn)) * dy - np.float32(math.sin(turn)) * dx
-    rim = np.sqrt(u * u + v * v) if rng.random() < 0.5 else np.sqrt(np.sqrt(u**4 + v**4)) * np.float32(1.08)
-    inside = np.clip((1.0 - rim) * blob.radius + 0.5, 0.0, 1.0)[..., None]
-    middle, half = rng.uniform(0.42, 0.58), rng.uniform(0.22, 0.36) * rng.choice((-1.0, 1.0))
-    ink, ground = _colour(rng, middle + half, 0.14), _colour(rng, middle - half, 0.14)
-    if blob.part is None:
-        paint = ink[None, None, :]
-    else:
-        texture = list(PARTS.values())[blob.part](u, v, np.float32(phase))
-        mix = np.clip(0.5 + 1.5 * texture, 0.0, 1.0)[..., None]
-        paint = ground + mix * (ink - ground)
-    patch = canvas[y0:y1, x0:x1]
-    patch += inside * (paint - patch)
+def _textures(shapes: Shapes, u: Plane, v: Plane) -> Plane:
+    """`[shape side side]`, 1 where ink is and 0 where ground is."""
+    mix = np.zeros_like(u)
+    for part, texture in enumerate(PARTS.values()):
+        rows = np.flatnonzero(shapes.part == part)
+        if rows.size:
+            value = texture(u[rows], v[rows], shapes.phase[rows, None, None])
+            mix[rows] = np.clip(0.5 + 1.5 * value, 0.0, 1.0)
+    return mix
+
+
+def _paint(canvas: Plane, shapes: Shapes, margin: int) -> None:
+    """Paints the shapes onto a canvas that has `margin` pixels to spare on each side, with soft rims and textures of equal means."""
+    side = 2 * margin
+    left, top = np.floor(shapes.x).astype(int), np.floor(shapes.y).astype(int)
+    span = np.arange(side, dtype=np.float32)
+    dx = ((span + (left - margin - shapes.x)[:, None].astype(np.float32)) / shapes.radius[:, None])[:, None, :]
+    dy = ((span + (top - margin - shapes.y)[:, None].astype(np.float32)) / shapes.radius[:, None])[:, :, None]
+    cos, sin = np.cos(shapes.turn)[:, None, None], np.sin(shapes.turn)[:, None, None]
+    u, v = cos * dx + sin * dy, cos * dy - sin * dx
+    uu, vv = u * u, v * v
+    rim = np.where(shapes.square[:, None, None], np.float32(1.08) * np.sqrt(np.sqrt(uu * uu + vv * vv)), np.sqrt(uu + vv))
+    inside = np.clip((1.0 - rim) * shapes.radius[:, None, None] + 0.5, 0.0, 1.0)
+    mix = _textures(shapes, u, v)
+    mean = (mix * inside).sum((1, 2)) / inside.sum((1, 2))
+    light = shapes.middle[:, None, None] + (mix - mean[:, None, None]) * shapes.contrast[:, None, None]
+    plain = shapes.part < 0
+    light[plain] += (0.5 * shapes.contrast * np.sign(np.cos(shapes.phase)))[plain, None, None]
+    ink, ground = shapes.tint[:, 0, None, None, :], shapes.tint[:, 1, None, None, :]
+    paint = light[..., None] + ground + mix[..., None] * (ink - ground)
+    for i in range(len(left)):
+        patch = canvas[top[i] : top[i] + side, left[i] : left[i] + side]
+        patch += inside[i, :, :, None] * (paint[i] - patch)
 
 
 def picture(seed: int, split: int, index: int) -> NDArray[np.uint8]:
     """Picture `index` of a split (0 train, 1 val) as `[h w 3]`; its class is block `index % 10`. A pure function of its three arguments."""
     rng = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, split, index]))
     width, height = (int(n) for n in rng.integers(SIDE_PX[0], SIDE_PX[1] + 1, 2))
-    parts: list[int | None] = list(BLOCKS[index % len(BLOCKS)])
-    canvas = _background(rng, width, height)
-    rng.shuffle(parts)
-    for blob in _place(rng, width, height, parts + [None] * int(rng.integers(1, 4))):
-        _paint(rng, canvas, blob)
-    return (np.clip(canvas, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
+    canvas = np.zeros((height + 2 * MARGIN, width + 2 * MARGIN, 3), np.float32)
+    inner = canvas[MARGIN:-MARGIN, MARGIN:-MARGIN]
+    inner[...] = _background(rng, width, height)
+    _paint(canvas, _shapes(rng, BLOCKS[index % len(BLOCKS)], width, height), MARGIN)
+    return (np.clip(inner, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
 
 
 def _write(root: Path, seed: int, counts: tuple[int, int]) -> Iterator[Path]:
@@ -176,8 +208,9 @@ def _sweep(cache: Path) -> None:
 def make_demo_set(cache: Path, seed: int = 0, count: tuple[int, int] = (TRAIN_COUNT, VAL_COUNT)) -> Path:
     """The folder `<cache>/demo-v1-…/{train,val}/<class>/<index>.jpg`, generated on the first call and returned at once on later ones.
 
-    `count` is (train, val) pictures, each a multiple of the number of classes so that the classes are balanced, else ValueError.
-    Written under another name and renamed when whole: what stands under the final name is always complete, whoever was killed or came second.
+    `count` is (train, val) pictures, each a multiple of the number of classes: they are balanced, else ValueError.
+    Written under another name and renamed when whole: under the final name stands a complete set or none,
+    whoever was killed or came second.
     """
     if seed < 0 or any(n <= 0 or n % len(BLOCKS) for n in count):
         raise ValueError(f"demo set: seed={seed} must be >= 0 and count={count} positive multiples of {len(BLOCKS)}")
