@@ -6,11 +6,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 from cossl.pipelines.convert import convert
 from cossl.pipelines.demo_set import make_demo_set
 
-needs_ffcv = pytest.mark.skipif(find_spec("ffcv") is None, reason="ffcv is not installed")
+torch.set_num_threads(1)  # on a busy machine two threads wait for each other: a test of 2 s then takes 27 s
 
 
 @pytest.fixture(scope="session")
