@@ -57,8 +57,8 @@ def _checker(u: Plane, v: Plane, phase: Plane) -> Plane:
 
 
 def _dots(u: Plane, v: Plane, phase: Plane) -> Plane:
-    s, h = 7.0 * u + phase, 7.0 * 0.8660254 * v
-    return np.cos(s) + 2.0 * np.cos(0.5 * s) * np.cos(h) - 0.6
+    s, h = 7.0 * u + phase, 6.0622 * v
+    return np.cos(s) + np.float32(2.0) * np.cos(0.5 * s) * np.cos(h) - 0.6
 
 
 def _rings(u: Plane, v: Plane, phase: Plane) -> Plane:
@@ -106,7 +106,7 @@ def class_names() -> list[str]:
 
 
 def _background(rng: np.random.Generator, width: int, height: int) -> Plane:
-    """`[h w 3]`, grey with faint clouds, alike in all pictures: a background that names its picture would be a shortcut for the training."""
+    """`[h w 3]`, grey with faint clouds, alike in all pictures: one that names its picture would be a shortcut."""
     coarse = rng.uniform(-1.0, 1.0, (3, 4, 4)).astype(np.float32)
     clouds = [Image.fromarray(c).resize((width, height), Image.Resampling.BICUBIC) for c in coarse - coarse.mean((1, 2), keepdims=True)]
     return np.float32(0.5) + np.float32(BACKGROUND) * np.stack([np.asarray(c) for c in clouds], -1)
@@ -133,7 +133,7 @@ def _shapes(rng: np.random.Generator, block: tuple[int, ...], width: int, height
         square=square < 0.5,
         middle=0.47 + 0.06 * middle,
         contrast=0.58 + 0.14 * contrast,
-        tint=TINT * np.cos(hue),
+        tint=np.float32(TINT) * np.cos(hue),
     )
 
 

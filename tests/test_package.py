@@ -91,5 +91,6 @@ def test_the_command_line_answers_mistakes_in_one_line(tmp_path: Path, argv: lis
 
 def test_imports_keep_their_direction_and_have_no_side_effects() -> None:
     run(str(Path(sys.executable).parent / "lint-imports"), cwd=ROOT)
-    code = "import torch; n = torch.get_num_threads(), torch.initial_seed(); import cossl.train; assert n == (torch.get_num_threads(), torch.initial_seed())"
+    state = "(torch.get_num_threads(), torch.initial_seed())"
+    code = f"import torch; before = {state}; import cossl.train; assert before == {state}"
     run(sys.executable, "-c", code, cwd=ROOT)
