@@ -93,7 +93,7 @@ def test_the_slower_of_two_processes_takes_the_faster_ones_set(tmp_path: Path, m
     won: list[Path] = []
 
     def overtaken(seed: int, split: int, index: int) -> np.ndarray:
-        if not won:
+        if (split, index) == (1, 9):
             monkeypatch.setattr(demo_set, "picture", real)
             won.append(demo_set.make_demo_set(tmp_path, count=SMALL))
         return real(seed, split, index)
@@ -122,12 +122,12 @@ def test_bad_arguments_are_named(tmp_path: Path, seed: int, count: tuple[int, in
 
 
 def test_colours_and_sizes_do_not_tell_the_class() -> None:
-    """F statistics (9 and 390 degrees of freedom) of mean colour and size between classes stay within chance."""
+    """F statistics (9 and 190 degrees of freedom) of mean colour and size between classes stay within chance."""
     rows = []
-    for index in range(400):
+    for index in range(200):
         pixels = demo_set.picture(0, 0, index).astype(np.float64) / 255.0
         rows.append([*pixels.mean((0, 1)), *pixels.shape[:2]])
-    table = np.array(rows).reshape(40, 10, -1)
-    between = 40 * table.mean(0).var(0, ddof=1)
+    table = np.array(rows).reshape(20, 10, -1)
+    between = 20 * table.mean(0).var(0, ddof=1)
     within = table.var(0, ddof=1).mean(0)
     assert np.all(between / within < 5.0), between / within
