@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -129,7 +130,7 @@ def demo() -> Config:
 def imagenette() -> Config:
     """CO-BYOL on Imagenette with a half-width ResNet-18 at 64 px: about half an hour on one CPU core; takes --data."""
     base = small(epochs=20)
-    return replace(base, eval_px=96, model=replace(base.model, receptive_field=51, width=32, small_image_stem=False))
+    return replace(base, eval_px=128, model=replace(base.model, receptive_field=51, width=32, small_image_stem=False))
 
 
 def small(epochs: int) -> Config:
@@ -195,7 +196,7 @@ def cache_dir() -> Path:
 def demo_data() -> Path:
     """Folder of the demo pictures, generated and converted the first time. Without ffcv it holds no betons: the folders serve."""
     root = make_demo_set(cache_dir())
-    if choose_backend("auto", root / "train.beton") == "ffcv" or (root / "train.beton").is_file():
+    if find_spec("ffcv"):
         for split in ("train", "val"):
             if not (root / f"{split}.beton").is_file():
                 convert(root / split, root / f"{split}.beton", num_workers=os.cpu_count() or 1)
@@ -222,7 +223,7 @@ def open_loaders(config: Config, positions: PositionSpec) -> tuple[Loader, Loade
 
 # ------------------------------------------------------------------------------------------------- its folder
 
-RESUME_MAY_CHANGE = ("data", "run_dir", "resume", "log_every", "checkpoint_every", "loader.workers")
+RESUME_MAY_CHANGE = ("data", "run_dir", "resume", "eval_px", "log_every", "checkpoint_every", "loader.workers")
 
 
 def say(line: str) -> None:
@@ -318,17 +319,17 @@ def train(config: Config, model: CoByol, loader: Loader, device: torch.device, r
     optimizer = make_optimizer(model.online.named_parameters(), config.optim)
     steps_per_epoch, total = len(loader), config.epochs * len(loader)
     warmup, peak = round(config.optim.warmup_epochs * steps_per_epoch), peak_lr(config.optim.base_lr, config.batch_size)
-    step, window = 0, {}
+    step, window, timed = 0, {}, [0.0, 0.0]
     if config.resume:
         state = load_checkpoint(run_dir, config, loader.num_samples)
-        step, window = state["step"], {k: v.to(device) for k, v in state["window"].items()}
+        step, window, timed = state["step"], {k: v.to(device) for k, v in state["window"].items()}, state["timed"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         keep_metrics(run_dir / "metrics.jsonl", step)
         say(f"resumed at step {step:,} of {total:,}")
     learning_rate(0, total, warmup, peak)  # a warm-up longer than the run is refused before the first step
     forward = torch.compile(model) if config.compile and device.type == "cuda" else model
-    meter = Meter(total, step, config.batch_size)
+    meter = Meter(total, step, config.batch_size, timed)
     with open(run_dir / "metrics.jsonl", "a") as metrics:
         while step < total:
             epoch, first = divmod(step, steps_per_epoch)
@@ -338,7 +339,7 @@ def train(config: Config, model: CoByol, loader: Loader, device: torch.device, r
                 terms = step_(model, forward, optimizer, batch, config, lr, tau)
                 step += 1
                 window = {k: window[k] + v if k in window else v.clone() for k, v in terms.items()}
-                meter.tick(step)
+                meter.tick()
                 if step % config.log_every == 0 or step == total:
                     length = (step - 1) % config.log_every + 1
                     record = {k: v / length for k, v in zip(window, torch.stack(list(window.values())).tolist(), strict=True)}
@@ -351,35 +352,40 @@ def train(config: Config, model: CoByol, loader: Loader, device: torch.device, r
                     meter.report(step, record, epoch, config.epochs)
                 if step == total or step % (config.checkpoint_every or steps_per_epoch) == 0:
                     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "window": window, "step": step}
-                    checkpoint.save(run_dir / "last.pt", state | {"config": flatten(config), "num_samples": loader.num_samples})
+                    state |= {"config": flatten(config), "num_samples": loader.num_samples, "timed": meter.timed}
+                    checkpoint.save(run_dir / "last.pt", state)
     meter.close()
     return meter.rate()
 
 
 class Meter:
-    """Pictures per second since the second step (the first one compiles), and progress on stderr: a bar, or a line every 15 s."""
+    """Pictures per second, restarts included but not the first step after each (it compiles), and progress on stderr.
 
-    def __init__(self, total: int, step: int, batch_size: int):
-        self.batch_size, self.first = batch_size, step + 1
+    `timed` is [steps, seconds] so far; it travels in the checkpoint. Progress is a bar, or a line every 15 s without a terminal.
+    """
+
+    def __init__(self, total: int, step: int, batch_size: int, timed: list[float]):
+        self.batch_size, self.timed = batch_size, timed
         self.bar = tqdm(total=total, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
-        self.began = self.now = self.reported = time.perf_counter()
-        self.step = step
+        self.last: float | None = None
+        self.reported = time.perf_counter()
 
-    def tick(self, step: int) -> None:
-        self.step, self.now = step, time.perf_counter()
-        if step == self.first:
-            self.began = self.now
+    def tick(self) -> None:
+        now = time.perf_counter()
+        if self.last is not None:
+            self.timed = [self.timed[0] + 1, self.timed[1] + now - self.last]
+        self.last = now
         self.bar.update()
 
     def rate(self) -> float:
-        return (self.step - self.first) * self.batch_size / max(self.now - self.began, 1e-9) if self.step > self.first else 0.0
+        return self.timed[0] * self.batch_size / max(self.timed[1], 1e-9)
 
     def report(self, step: int, record: dict[str, float], epoch: int, epochs: int) -> None:
         text = f"epoch {epoch + 1}/{epochs}  loss {record['loss']:.3f}  spread {record['std']:.2f}  {self.rate():,.0f} pictures/s"
         if not self.bar.disable:
             self.bar.set_description(text)
-        elif self.now - self.reported > 15 or step == self.bar.total:
-            self.reported = self.now
+        elif time.perf_counter() - self.reported > 15 or step == self.bar.total:
+            self.reported = time.perf_counter()
             left = (self.bar.total - step) * self.batch_size / max(self.rate(), 1e-9)
             print(f"{text}  {left / 60:.1f} min left", file=sys.stderr, flush=True)
 
@@ -478,6 +484,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         preset, config = parse(sys.argv[1:] if argv is None else argv)
         ready = setup(preset, config)
+    except BrokenPipeError:  # `cossl train demo --help | head`
+        raise SystemExit(1) from None
     except (ValueError, OSError, ImportError) as error:
         print(f"cossl train: {error}", file=sys.stderr)
         raise SystemExit(2) from None
