@@ -242,9 +242,10 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def write_json(path: Path, value: Any) -> None:
+def replace_text(path: Path, text: str) -> None:
+    """Writes the file whole or not at all."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
+    part.write_text(text)
     part.replace(path)
 
 
@@ -285,9 +286,7 @@ def keep_metrics(path: Path, last_step: int) -> None:
         except (ValueError, KeyError):
             break
         kept.append(line + "\n")
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(kept))
-    part.replace(path)
+    replace_text(path, "".join(kept))
 
 
 # ------------------------------------------------------------------------------------------------- one step
@@ -422,14 +421,19 @@ def evaluate(networks: dict[str, CoByol], train_set: Loader, val_set: Loader, de
 
 
 def show(results: dict[str, Any]) -> None:
-    rows = [("trained", "trained"), ("untrained", "same network, untrained"), ("pixels", "12 x 12 pixels")]
     say(f"\n{'top-1, percent':<26}{'linear':>8}{'20-NN':>8}")
-    for key, name in rows:
+    for key, name in [("trained", "trained"), ("untrained", "same network, untrained"), ("pixels", "12 x 12 pixels")]:
         say(f"{name:<26}{results['linear_top1'][key]:>8.1f}{results['knn_top1'][key]:>8.1f}")
     say("protocol: " + ", ".join(f"{k} {v}" for k, v in results["protocol"].items()))
 
 
 # ------------------------------------------------------------------------------------------------- end to end
+
+
+def build(config: Config, device: torch.device) -> CoByol:
+    """The model as the seed makes it."""
+    torch.manual_seed(config.seed)
+    return CoByol(config.model, config.loss).to(device).to(memory_format=torch.channels_last)
 
 
 def setup(preset: str, config: Config) -> tuple[Config, Path, torch.device, dict[str, CoByol], PositionSpec, tuple[Loader, Loader, Loader]]:
@@ -438,10 +442,7 @@ def setup(preset: str, config: Config) -> tuple[Config, Path, torch.device, dict
         raise ValueError("--device cuda: no GPU is visible to torch; use --device cpu, or mend the driver")
     device = torch.device("cuda" if config.device == "auto" and torch.cuda.is_available() else config.device.replace("auto", "cpu"))
     run_dir = choose_run_dir(config, preset)
-    networks = {}
-    for name in ("trained", "untrained"):
-        torch.manual_seed(config.seed)
-        networks[name] = CoByol(config.model, config.loss).to(device).to(memory_format=torch.channels_last)
+    networks = {name: build(config, device) for name in ("trained", "untrained")}
     grid = position_grid(networks["trained"].online.backbone, config.views.size_px)
     count = config.positions.count or grid.size**2
     positions = PositionSpec(config.positions.strategy, count, *grid)
@@ -458,21 +459,18 @@ def run(preset: str, config: Config, ready: Any) -> dict[str, Any]:
     config, run_dir, device, networks, positions, loaders = ready
     began, model = time.perf_counter(), networks["trained"]
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(run_dir / "config.json", {"preset": preset} | flatten(config))
+    replace_text(run_dir / "config.json", json.dumps({"preset": preset} | flatten(config), indent=2))
     size = sum(p.numel() for p in model.online.backbone.parameters()) / 1e6
     n, field_px = positions.size, positions.receptive_field_px
     say(f"{config.model.backbone}: {size:.2f} M parameters, {n} x {n} positions that see {field_px} px each")
     say(f"{config.epochs} epochs of {len(loaders[0])} steps, batch {config.batch_size}, {device}, {config.precision} -> {run_dir}")
-    sample = next(iter(loaders[0].epoch(0)))
-    shown = [augment(view[:4], sample.photometry[:4, v]) for v, view in enumerate(sample.split())]
-    draw_batch(run_dir / "batch.png", sample, shown, loaders[0].picture, positions)
+    draw_batch(run_dir / "batch.png", next(iter(loaders[0].epoch(0))), loaders[0].picture, positions)
     rate = train(config, model, loaders[0], device, run_dir)
     results: dict[str, Any] = evaluate(networks, loaders[1], loaders[2], device)
     results |= {"images_per_s": round(rate, 1), "protocol": probe.PROTOCOL | {"eval_px": config.eval_px, "features": "pooled, eval mode"}}
-    results |= {"seconds": round(time.perf_counter() - began, 1), "torch": torch.__version__}
-    results |= {"device": str(device), "threads": torch.get_num_threads()}
+    results |= {"seconds": round(time.perf_counter() - began, 1), "torch": torch.__version__, "device": str(device)}
     draw_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
-    write_json(run_dir / "results.json", results)
+    replace_text(run_dir / "results.json", json.dumps(results, indent=2))
     show(results)
     for loader in loaders:
         loader.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from cossl.pipelines.augment import IMAGENET_MEAN, IMAGENET_STD
+from cossl.pipelines.augment import IMAGENET_MEAN, IMAGENET_STD, augment
 from cossl.pipelines.batch import Batch
 from cossl.pipelines.positions import PositionSpec, source_points
 
@@ -64,7 +64,6 @@ def _view_tile(view: Tensor, positions: np.ndarray, spec: PositionSpec | None, c
 def draw_batch(
     path: Path,
     batch: Batch,
-    views: Sequence[Float[Tensor, "b 3 s s"]],
     picture: Callable[[int], UInt8[np.ndarray, "h w 3"]],
     spec: PositionSpec | None,
 ) -> None:
@@ -74,6 +73,7 @@ def draw_batch(
     network gets them: the same positions, and the whole receptive field of some of them as white squares.
     """
     rows = min(ROWS, len(batch.index))
+    views = [augment(view[:rows], batch.photometry[:rows, v]) for v, view in enumerate(batch.split())]
     step = TILE_PX + GAP_PX
     sheet = Image.new("RGB", (step * (1 + len(COLOURS)) + GAP_PX, step * rows + GAP_PX), "white")
     boxes, flips, positions = batch.boxes.cpu().numpy(), batch.flips.cpu().numpy(), batch.positions.cpu().numpy()
