@@ -1,9 +1,8 @@
 """The demo pictures: an ImageFolder of small JPEGs whose class is the set of textured parts that occur together.
 
-Source: CO-SSL's subject (arXiv 2501.02860), spatial co-occurrence, in miniature. Each of the 10 classes is one block of the 2-(6,3,2)
-design over six part types: every type is in 5 classes and every pair in 2, so one type leaves five classes, two leave two and only all
-three tell. Each type occurs two or three times in a picture, in other colours each time: what two crops of one picture share is which
-types they show, and hardly anything else.
+Source: CO-SSL's subject (arXiv 2501.02860), spatial co-occurrence, in miniature. Each of the 10 classes is a pair out of five part types:
+every type is in 4 classes, so one type leaves four of them and only both tell. Each type occurs four times in a picture, in other colours
+each time: what two crops of one picture share is which types they show, and hardly anything else.
 
 Trap: colour, size, rotation, phase, shape, place, background and clutter are drawn without looking at the class, and a part's mean is the
 same whatever its texture. A class that leaked through any of them would be read off by the pixel floor, and the demo would show nothing.
@@ -39,7 +38,6 @@ JPEG_QUALITY = 90
 STALE_S = 3600.0
 
 GRID = 3
-CLUTTER = 1  # of the nine shapes
 RADIUS = (0.42, 0.5)  # of a grid cell's side; a part is 0.28 to 0.33 of the picture's
 SHAKE = 0.08
 TURN = 0.35  # radians, to either side
@@ -47,8 +45,7 @@ TINT = 0.10
 BACKGROUND = 0.05
 MARGIN = 24  # the largest radius in pixels and the soft rim
 
-# (part types of a class): 10 blocks, each part in 5, each pair in 2.
-BLOCKS = ((0, 1, 2), (0, 1, 3), (0, 2, 4), (0, 3, 5), (0, 4, 5), (1, 2, 5), (1, 3, 4), (1, 4, 5), (2, 3, 4), (2, 3, 5))
+PAIRS = tuple(itertools.combinations(range(5), 2))  # the part types of each class; every type is in four of them
 
 
 def _stripes(u: Plane, v: Plane, phase: Plane) -> Plane:
@@ -73,10 +70,6 @@ def _rays(u: Plane, v: Plane, phase: Plane) -> Plane:
     return 1.5 * np.sin(5.0 * angle + phase)
 
 
-def _zigzag(u: Plane, v: Plane, phase: Plane) -> Plane:
-    return np.sin(8.0 * (u + 0.9 * np.abs((1.1 * v + phase) % 1.4 - 0.7)) + phase)
-
-
 # Each takes coordinates in units of the part's radius and returns about -1..1; its sign is ink or ground.
 PARTS: dict[str, Callable[[Plane, Plane, Plane], Plane]] = {
     "stripes": _stripes,
@@ -84,7 +77,6 @@ PARTS: dict[str, Callable[[Plane, Plane, Plane], Plane]] = {
     "dots": _dots,
     "rings": _rings,
     "rays": _rays,
-    "zigzag": _zigzag,
 }
 
 
@@ -106,7 +98,7 @@ class Shapes(NamedTuple):
 def class_names() -> list[str]:
     """The ten folder names in ImageFolder's (sorted) order: the class's part types joined by a hyphen."""
     names = list(PARTS)
-    return sorted("-".join(names[p] for p in block) for block in BLOCKS)
+    return sorted("-".join(names[p] for p in pair) for pair in PAIRS)
 
 
 def _background(rng: np.random.Generator, width: int, height: int) -> Plane:
@@ -116,10 +108,9 @@ def _background(rng: np.random.Generator, width: int, height: int) -> Plane:
     return np.float32(0.5) + np.float32(BACKGROUND) * np.stack([np.asarray(c) for c in clouds], -1)
 
 
-def _shapes(rng: np.random.Generator, block: tuple[int, ...], width: int, height: int) -> Shapes:
-    """Nine shapes on a shaken grid: each type of the block two or three times, and CLUTTER plain ones."""
-    part = np.array([*rng.permutation(block), *rng.permutation(block), *rng.permutation(block)])
-    part[GRID * GRID - CLUTTER :] = -1
+def _shapes(rng: np.random.Generator, pair: tuple[int, int], width: int, height: int) -> Shapes:
+    """Nine shapes on a shaken grid: each type of the pair four times, and one plain shape as clutter."""
+    part = np.array([*pair] * 4 + [-1])
     cell = rng.permutation(GRID * GRID)
     draw = rng.random((GRID * GRID, 10)).astype(np.float32)
     shake_x, shake_y, size, turn, phase, square, middle, contrast, hue_ink, hue_ground = draw.T
@@ -177,20 +168,20 @@ def _paint(canvas: Plane, shapes: Shapes, margin: int) -> None:
 
 
 def picture(seed: int, split: int, index: int) -> NDArray[np.uint8]:
-    """Picture `index` of a split (0 train, 1 val) as `[h w 3]`; its class is block `index % 10`. A pure function of its three arguments."""
+    """Picture `index` of a split (0 train, 1 val) as `[h w 3]`; its class is pair `index % 10`. A pure function of its three arguments."""
     rng = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, split, index]))
     width, height = (int(n) for n in rng.integers(SIDE_PX[0], SIDE_PX[1] + 1, 2))
     canvas = np.zeros((height + 2 * MARGIN, width + 2 * MARGIN, 3), np.float32)
     inner = canvas[MARGIN:-MARGIN, MARGIN:-MARGIN]
     inner[...] = _background(rng, width, height)
-    _paint(canvas, _shapes(rng, BLOCKS[index % len(BLOCKS)], width, height), MARGIN)
+    _paint(canvas, _shapes(rng, PAIRS[index % len(PAIRS)], width, height), MARGIN)
     return (np.clip(inner, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
 
 
 def _write(root: Path, seed: int, counts: tuple[int, int]) -> Generator[Path, None, None]:
     """Writes both splits below `root`, yielding each file as it is done. Threads suffice: numpy and the JPEG encoder let go of the GIL."""
     names = list(PARTS)
-    folders = ["-".join(names[p] for p in block) for block in BLOCKS]
+    folders = ["-".join(names[p] for p in pair) for pair in PAIRS]
     splits = ("train", "val")
     for folder, name in itertools.product(splits, folders):
         (root / folder / name).mkdir(parents=True)
@@ -221,8 +212,8 @@ def make_demo_set(cache: Path, seed: int = 0, count: tuple[int, int] = (TRAIN_CO
     Written under another name and renamed when whole: under the final name stands a complete set or none,
     whoever was killed or came second.
     """
-    if seed < 0 or any(n <= 0 or n % len(BLOCKS) for n in count):
-        raise ValueError(f"demo set: seed={seed} must be >= 0 and count={count} positive multiples of {len(BLOCKS)}")
+    if seed < 0 or any(n <= 0 or n % len(PAIRS) for n in count):
+        raise ValueError(f"demo set: seed={seed} must be >= 0 and count={count} positive multiples of {len(PAIRS)}")
     final = cache / f"demo-{VERSION}-seed{seed}-{count[0]}+{count[1]}"
     if final.is_dir():
         return final
