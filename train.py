@@ -114,6 +114,8 @@ class Config:
         for name, low in [("epochs", 1), ("batch_size", 2), ("log_every", 1), ("checkpoint_every", 0), ("seed", 0), ("eval_px", 8)]:
             if getattr(self, name) < low:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected {low} or more")
+        if self.optim.warmup_epochs >= self.epochs:
+            raise ValueError(f"--optim.warmup-epochs {self.optim.warmup_epochs}: expected fewer than --epochs {self.epochs}")
         if self.model.width < 8:
             # 2, 4, 5, 6 and 7 channels ended in "free(): invalid size" in the backward pass of torch 2.15 on a CPU; 8 and more ran.
             raise ValueError(f"--model.width {self.model.width}: expected 8 or more, torch's channels-last convolutions crash below that")
@@ -158,12 +160,13 @@ PRESETS: dict[str, Callable[[], Config]] = {"demo": demo, "imagenette": imagenet
 T = TypeVar("T")
 
 
-def parse_flags(default: T, argv: Sequence[str], prog: str, description: str) -> T:
-    """`default` with the flags in argv applied. A wrong flag or value is a ValueError of one line (tyro prints a box of several)."""
+def parse_flags(kind: type[T], argv: Sequence[str], prog: str, description: str, default: T | None = None) -> T:
+    """What argv makes of a dataclass. A wrong flag or value is a ValueError of one line (tyro prints a box of several)."""
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(type(default), args=argv, default=default, prog=prog, description=description)
+            start = tyro.MISSING_NONPROP if default is None else default
+            return tyro.cli(kind, args=argv, prog=prog, description=description, default=start)
     except SystemExit as error:
         if not error.code:
             raise
@@ -176,13 +179,13 @@ def parse(argv: Sequence[str]) -> tuple[str, Config]:
     """Preset name and config of `cossl train PRESET [flags]`."""
     listing = "\n".join(f"  {name:<12}{preset.__doc__}" for name, preset in PRESETS.items())
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"usage: cossl train PRESET [flags]\n\npresets:\n{listing}\n\nflags: cossl train PRESET --help")
+        say(f"usage: cossl train PRESET [flags]\n\npresets:\n{listing}\n\nflags: cossl train PRESET --help")
         raise SystemExit(0 if argv else 2)
     name = argv[0]
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, 1)
         raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}" + (f"; did you mean {near[0]}?" if near else ""))
-    return name, parse_flags(PRESETS[name](), argv[1:], f"cossl train {name}", PRESETS[name].__doc__ or "")
+    return name, parse_flags(Config, argv[1:], f"cossl train {name}", PRESETS[name].__doc__ or "", default=PRESETS[name]())
 
 
 # ------------------------------------------------------------------------------------------------- its pictures
@@ -207,14 +210,14 @@ def demo_data() -> Path:
 
 def open_loaders(config: Config, positions: PositionSpec) -> tuple[Loader, Loader, Loader]:
     """Loaders of the training views, and of train and val pictures as they are."""
-    if config.data is None and config.loader.backend != "synthetic":
+    backend, workers, data = config.loader.backend, config.loader.workers, config.data or Path()
+    synthetic = backend == "synthetic"
+    if config.data is None and not synthetic:
         raise ValueError("--data is missing: give a folder with train.beton and val.beton (see `cossl convert`), or with train/ and val/")
-    data = config.data or Path()
-    synthetic, backend, workers = config.loader.backend == "synthetic", config.loader.backend, config.loader.workers
     train, val = (data if synthetic else find_split(data, split, backend) for split in ("train", "val"))
     seen = LoaderSpec(config.recipe(), config.batch_size, config.seed, positions, workers)
     plain = LoaderSpec(view_recipes.evaluation(config.eval_px), 256, workers=workers, shuffle=False)
-    loaders = tuple(make_loader(backend, source, spec) for source, spec in [(train, seen), (train, plain), (val, plain)])
+    loaders = [make_loader(backend, source, spec) for source, spec in [(train, seen), (train, plain), (val, plain)]]
     if loaders[1].class_names != loaders[2].class_names:
         raise ValueError(f"{train} and {val} have different classes: convert both from folders with the same class folders")
     say(f"loader: {choose_backend(backend, train)}, {loaders[0].num_samples:,} train and {loaders[2].num_samples:,} val pictures, {data}")
@@ -326,7 +329,6 @@ def train(config: Config, model: CoByol, loader: Loader, device: torch.device, r
         optimizer.load_state_dict(state["optimizer"])
         keep_metrics(run_dir / "metrics.jsonl", step)
         say(f"resumed at step {step:,} of {total:,}")
-    learning_rate(0, total, warmup, peak)  # a warm-up longer than the run is refused before the first step
     forward = torch.compile(model) if config.compile and device.type == "cuda" else model
     meter = Meter(total, step, config.batch_size, timed)
     with open(run_dir / "metrics.jsonl", "a") as metrics:
@@ -454,7 +456,7 @@ def setup(preset: str, config: Config) -> tuple[Config, Path, torch.device, dict
     return config, run_dir, device, networks, positions, loaders
 
 
-def run(preset: str, config: Config, ready: Any) -> dict[str, Any]:
+def run(preset: str, ready: Any) -> None:
     """Trains, evaluates, writes results.json; what `setup` returned is `ready`."""
     config, run_dir, device, networks, positions, loaders = ready
     began, model = time.perf_counter(), networks["trained"]
@@ -474,7 +476,6 @@ def run(preset: str, config: Config, ready: Any) -> dict[str, Any]:
     show(results)
     for loader in loaders:
         loader.close()
-    return results
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -488,7 +489,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"cossl train: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     try:
-        run(preset, config, ready)
+        run(preset, ready)
     except KeyboardInterrupt:
         print(f"stopped; go on with: cossl train {preset} <the same flags> --resume --run-dir {ready[1]}", file=sys.stderr)
         raise SystemExit(130) from None

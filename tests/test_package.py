@@ -81,7 +81,10 @@ def test_without_ffcv_the_torch_loader_serves_and_convert_says_how_to_get_it(tmp
     assert not (tmp_path / "out.beton").exists()
 
 
-@pytest.mark.parametrize(("argv", "said"), [(["tarin"], "did you mean train?"), (["convert", "nowhere", "x.beton"], "nowhere")])
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [(["tarin"], "did you mean train?"), (["convert", "nowhere", "x.beton"], "nowhere"), (["convert", "a", "b", "--mod", "raw"], "--mod")],
+)
 def test_the_command_line_answers_mistakes_in_one_line(tmp_path: Path, argv: list[str], said: str) -> None:
     done = subprocess.run([sys.executable, "-m", "cossl.tools.cli", *argv], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2

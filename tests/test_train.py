@@ -138,6 +138,7 @@ def test_a_non_finite_loss_names_the_steps(pictures: Path, tmp_path: Path) -> No
         (["demo", "--model.width", "4"], ["--model.width 4", "8 or more"]),
         (["demo", "--loss.local-to-global", "1.5"], ["local_to_global=1.5", "0 to 1"]),
         (["demo", "--loss.combine", "product"], ["combine", "product", "convex"]),
+        (["in1k", "--epochs", "5"], ["--optim.warmup-epochs 10", "--epochs 5"]),
         (["imagenette"], ["--data", "cossl convert"]),
         (["imagenette", "--data", "nowhere"], ["nowhere does not exist", "train.beton"]),
         (["imagenette", "--resume"], ["--resume needs --run-dir"]),

@@ -11,6 +11,7 @@ import tyro
 
 from cossl.pipelines import convert as conversion
 from cossl.pipelines.beton import manifest_path, verify
+from cossl.train import parse_flags
 
 NAMES_SHOWN = 20
 
@@ -73,7 +74,7 @@ def summary(report: conversion.ConvertReport) -> str:
 def convert_main(argv: Sequence[str]) -> None:
     """`cossl convert SRC OUT.beton`. Raises what `convert` raises."""
     description = f"Write an image folder to a beton.\n\n{conversion.__doc__}"
-    args = tyro.cli(ConvertArgs, args=list(argv), prog="cossl convert", description=description)
+    args = parse_flags(ConvertArgs, argv, "cossl convert", description)
     report = conversion.convert(
         args.source,
         args.out,
@@ -90,7 +91,7 @@ def convert_main(argv: Sequence[str]) -> None:
 def verify_main(argv: Sequence[str]) -> None:
     """`cossl verify OUT.beton`. Raises what `verify` raises."""
     description = "Prove a beton whole against its manifest: every pointer, every byte's hash, and a sample of pictures decoded."
-    args = tyro.cli(VerifyArgs, args=list(argv), prog="cossl verify", description=description)
+    args = parse_flags(VerifyArgs, argv, "cossl verify", description)
     report = verify(args.beton, decode=None if args.decode == "all" else args.decode)
     print(
         f"{args.beton} is whole: {report.num_rows:,} pictures in {report.num_classes:,} classes, "
