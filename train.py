@@ -120,9 +120,6 @@ class Config:
             # 2, 4, 5, 6 and 7 channels ended in "free(): invalid size" in the backward pass of torch 2.15 on a CPU; 8 and more ran.
             raise ValueError(f"--model.width {self.model.width}: expected 8 or more, torch's channels-last convolutions crash below that")
 
-    def recipe(self) -> tuple[view_recipes.ViewSpec, ...]:
-        return view_recipes.RECIPES[self.views.recipe](self.views.size_px, self.views.crop_min)
-
 
 def demo() -> Config:
     """CO-BYOL on generated pictures whose class is which parts occur together: about two minutes on 2 CPU cores."""
@@ -215,7 +212,8 @@ def open_loaders(config: Config, positions: PositionSpec) -> tuple[Loader, Loade
     if config.data is None and not synthetic:
         raise ValueError("--data is missing: give a folder with train.beton and val.beton (see `cossl convert`), or with train/ and val/")
     train, val = (data if synthetic else find_split(data, split, backend) for split in ("train", "val"))
-    seen = LoaderSpec(config.recipe(), config.batch_size, config.seed, positions, workers)
+    recipe = view_recipes.RECIPES[config.views.recipe](config.views.size_px, config.views.crop_min)
+    seen = LoaderSpec(recipe, config.batch_size, config.seed, positions, workers)
     plain = LoaderSpec(view_recipes.evaluation(config.eval_px), 256, workers=workers, shuffle=False)
     loaders = [make_loader(backend, source, spec) for source, spec in [(train, seen), (train, plain), (val, plain)]]
     if loaders[1].class_names != loaders[2].class_names:
