@@ -123,28 +123,17 @@ class Config:
 
 def demo() -> Config:
     """CO-BYOL on generated pictures whose class is which parts occur together: about two minutes on 2 CPU cores."""
-    return small(epochs=30)
+    model = ModelConfig("rf_resnet18", receptive_field=29, width=16, mlp_after_pool=0, hidden_dim=512, out_dim=128)
+    optim = OptimConfig("adamw", base_lr=0.016, weight_decay=0.01, warmup_epochs=0.5, ema_tau=0.98)
+    small = Config(epochs=7, batch_size=32, precision="fp32", compile=False, log_every=20, eval_px=56, model=model, optim=optim)
+    return replace(small, views=ViewsConfig("byol", 32, crop_min=0.2))
 
 
 def imagenette() -> Config:
     """CO-BYOL on Imagenette with a half-width ResNet-18 at 64 px: about half an hour on one CPU core; takes --data."""
-    base = small(epochs=20)
-    return replace(base, eval_px=128, model=replace(base.model, receptive_field=51, width=32, small_image_stem=False))
-
-
-def small(epochs: int) -> Config:
-    """What the two CPU presets share: a narrow ResNet-18 at 64 px, float32, AdamW. The target is quick, since the run is short."""
-    return Config(
-        epochs=epochs,
-        batch_size=64,
-        precision="fp32",
-        compile=False,
-        log_every=20,
-        eval_px=64,
-        model=ModelConfig("rf_resnet18", receptive_field=29, width=16, mlp_after_pool=0, hidden_dim=512, out_dim=128),
-        optim=OptimConfig("adamw", base_lr=0.004, weight_decay=0.01, warmup_epochs=0.5, ema_tau=0.97),
-        views=ViewsConfig("byol", 64, crop_min=0.2),
-    )
+    model = replace(demo().model, receptive_field=51, width=32, small_image_stem=False)
+    optim = replace(demo().optim, base_lr=0.004, ema_tau=0.97)
+    return replace(demo(), epochs=20, batch_size=64, eval_px=128, model=model, optim=optim, views=ViewsConfig("byol", 64, crop_min=0.2))
 
 
 def in1k() -> Config:
