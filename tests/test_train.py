@@ -143,7 +143,7 @@ def test_a_non_finite_loss_names_the_steps(pictures: Path, tmp_path: Path) -> No
         (["imagenette", "--data", "nowhere"], ["nowhere does not exist", "train.beton"]),
         (["imagenette", "--resume"], ["--resume needs --run-dir"]),
         (["demo", "--loader.backend", "synthetic", "--resume", "--run-dir", "nowhere"], ["nowhere", "nothing to resume"]),
-        (["demo", "--loader.backend", "synthetic", "--positions.strategy", "uniform", "--positions.count", "99"], ["99 positions", "1 to 16"]),
+        (["demo", "--loader.backend", "synthetic", "--positions.strategy", "uniform", "--positions.count", "99"], ["99", "1 to 16"]),
         (["demo", "--loader.backend", "synthetic", "--batch-size", "5000"], ["5000", "4096", "--batch-size"]),
         (["demo", "--loader.backend", "synthetic", "--views.crop-min", "0"], ["crop area"]),
     ],
