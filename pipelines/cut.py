@@ -1,8 +1,9 @@
-"""Cuts a box out of a decoded picture and resizes it: PIL's antialiased bilinear filter, bit for bit, without the GIL.
+"""Cuts a box out of a decoded picture and resizes it: PIL's antialiased bilinear filter to one grey level, without the GIL.
 
 The rule is Pillow's (ImagingResample with the triangle filter): output pixel x sees the source around (x + 0.5) * scale
 within max(scale, 1) pixels, weights in 22-bit fixed point, rows first and rounded to bytes, then columns. Only source
-rows that take part are filtered, and the flip is a matter of where a column is written. A test holds it equal to PIL.
+rows that take part are filtered, and the flip is a matter of where a column is written. Pillow takes columns first where
+that is cheaper, so single pixels differ by one level of the rounding in between; a test holds them to that.
 """
 
 from __future__ import annotations

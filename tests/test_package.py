@@ -96,4 +96,4 @@ def test_imports_keep_their_direction_and_have_no_side_effects() -> None:
     run(str(Path(sys.executable).parent / "lint-imports"), cwd=ROOT)
     state = "(torch.get_num_threads(), torch.initial_seed())"
     code = f"import torch; before = {state}; import cossl.train; assert before == {state}"
-    run(sys.executable, "-c", code, cwd=ROOT)
+    assert run(sys.executable, "-c", code, cwd=ROOT) == ""
