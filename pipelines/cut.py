@@ -2,8 +2,8 @@
 
 The rule is Pillow's (ImagingResample with the triangle filter): output pixel x sees the source around (x + 0.5) * scale
 within max(scale, 1) pixels, weights in 22-bit fixed point, rows first and rounded to bytes, then columns. Only source
-rows that take part are filtered, and the flip is a matter of where a column is written. Pillow takes columns first where
-that is cheaper, so single pixels differ by one level of the rounding in between; a test holds them to that.
+rows that take part are filtered, and the flip is a matter of where a column is written. On boxes much taller than wide single
+pixels were seen to differ by one level (it may take columns first there); a test holds them to that.
 """
 
 from __future__ import annotations
