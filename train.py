@@ -53,6 +53,8 @@ class ViewsConfig:
     """Side of a view."""
     crop_min: float = 0.08
     """Smallest crop, as a fraction of the picture's area, in (0, 1]."""
+    jitter: float = 1.0
+    """Strength of brightness, contrast, saturation and hue jitter: 1 is BYOL's 0.4, 0.4, 0.2, 0.1; 0 to 2.5."""
 
 
 @dataclass(frozen=True)
@@ -123,17 +125,17 @@ class Config:
 
 def demo() -> Config:
     """CO-BYOL on generated pictures whose class is which parts occur together: about two minutes on 2 CPU cores."""
-    model = ModelConfig("rf_resnet18", receptive_field=29, width=16, mlp_after_pool=0, hidden_dim=512, out_dim=128)
+    model = ModelConfig("rf_resnet18", receptive_field=29, width=16, mlp_after_pool=0, hidden_dim=512, out_dim=128, output_norm=True)
     optim = OptimConfig("adamw", base_lr=0.016, weight_decay=0.01, warmup_epochs=0.5, ema_tau=0.98)
-    small = Config(epochs=7, batch_size=32, precision="fp32", compile=False, log_every=20, eval_px=56, model=model, optim=optim)
-    return replace(small, views=ViewsConfig("byol", 32, crop_min=0.2))
+    small = Config(epochs=7, batch_size=32, precision="fp32", compile=False, log_every=20, eval_px=72, model=model, optim=optim)
+    return replace(small, views=ViewsConfig("symmetric", 32, crop_min=0.4, jitter=0.5))
 
 
 def imagenette() -> Config:
     """CO-BYOL on Imagenette with a half-width ResNet-18 at 64 px: about half an hour on one CPU core; takes --data."""
     model = replace(demo().model, receptive_field=51, width=32, small_image_stem=False)
     optim = replace(demo().optim, base_lr=0.004, ema_tau=0.97)
-    return replace(demo(), epochs=20, batch_size=64, eval_px=128, model=model, optim=optim, views=ViewsConfig("byol", 64, crop_min=0.2))
+    return replace(demo(), epochs=16, batch_size=64, eval_px=160, model=model, optim=optim, views=ViewsConfig("byol", 64, crop_min=0.2))
 
 
 def in1k() -> Config:
@@ -201,7 +203,7 @@ def open_loaders(config: Config, positions: PositionSpec) -> tuple[Loader, Loade
     if config.data is None and not synthetic:
         raise ValueError("--data is missing: give a folder with train.beton and val.beton (see `cossl convert`), or with train/ and val/")
     train, val = (data if synthetic else find_split(data, split, backend) for split in ("train", "val"))
-    recipe = view_recipes.RECIPES[config.views.recipe](config.views.size_px, config.views.crop_min)
+    recipe = view_recipes.RECIPES[config.views.recipe](config.views.size_px, config.views.crop_min, config.views.jitter)
     seen = LoaderSpec(recipe, config.batch_size, config.seed, positions, workers)
     plain = LoaderSpec(view_recipes.evaluation(config.eval_px), 256, workers=workers, shuffle=False)
     loaders = [make_loader(backend, source, spec) for source, spec in [(train, seen), (train, plain), (val, plain)]]

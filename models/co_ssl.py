@@ -61,6 +61,8 @@ class ModelConfig:
     """Architecture of the local projector and predictor."""
     shared_heads: bool = False
     """One projector and one predictor (of the kind local_head) for global and local vectors, instead of two each."""
+    output_norm: bool = False
+    """Batch norm without weight and bias on what the projectors return: MoCo v3's habit, BYOL has none. Short runs collapse less."""
 
     def __post_init__(self) -> None:
         _check("local_head", self.local_head, self.local_head in HEADS, f"choose one of {', '.join(HEADS)}")
@@ -104,14 +106,14 @@ class Network(nn.Module):
         self.after_pool = mlp(c, c, c, model.mlp_after_pool) if model.mlp_after_pool else nn.Identity()
         # BYOL's heads are MLPs on the pooled vector; a shared one has to serve maps too, so it is of the local kind.
         global_head = HEADS[model.local_head if model.shared_heads and local else "mlp2"]
-        self.projector: Head = global_head(c, hidden, out)
-        self.predictor: Head | None = global_head(out, hidden, out)
+        self.projector: Head = global_head(c, hidden, out, model.output_norm)
+        self.predictor: Head | None = global_head(out, hidden, out, False)
         self.local_projector: Head | None = None
         self.local_predictor: Head | None = None
         if local:
             local_head = HEADS[model.local_head]
-            self.local_projector = self.projector if model.shared_heads else local_head(c, hidden, out)
-            self.local_predictor = self.predictor if model.shared_heads else local_head(out, hidden, out)
+            self.local_projector = self.projector if model.shared_heads else local_head(c, hidden, out, model.output_norm)
+            self.local_predictor = self.predictor if model.shared_heads else local_head(out, hidden, out, False)
 
     def pool(self, y: Float[Tensor, "b c n n"]) -> Float[Tensor, "b c"]:
         """The global vector Y of a feature map."""

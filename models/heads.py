@@ -34,7 +34,11 @@ def gather_positions(y: Float[Tensor, "b c n m"], positions: Int[Tensor, "b k"])
 
 
 class Head(nn.Module):
-    """What CO-SSL asks of a local head. The state of one variant loads into another by `transfer_state` where their layers agree."""
+    """What CO-SSL asks of a local head. The state of one variant loads into another by `transfer_state` where their layers agree.
+
+    All take (in_dim, hidden_dim, out_dim, output_norm): the last appends a batch norm without weight and bias, for projectors as in
+    MoCo v3 (Chen et al. 2021, arXiv 2104.02057) and, with weight and bias, SimSiam (arXiv 2011.10566, table 3).
+    """
 
     layers: nn.Sequential
 
@@ -55,7 +59,7 @@ class Conv1x1(Head):
     the difference is that the norm sees every position here, and the sampled ones there.
     """
 
-    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int) -> None:
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, output_norm: bool = False) -> None:
         super().__init__()
         self.layers = nn.Sequential(
             nn.Conv2d(in_dim, hidden_dim, 1),
@@ -63,6 +67,8 @@ class Conv1x1(Head):
             nn.ReLU(inplace=True),
             nn.Conv2d(hidden_dim, out_dim, 1, bias=False),
         )
+        if output_norm:
+            self.layers.append(nn.BatchNorm2d(out_dim, affine=False))
 
     def forward(self, y: Float[Tensor, "b c n n"], positions: Int[Tensor, "b k"]) -> Float[Tensor, "b k d"]:
         return gather_positions(self.layers(y), positions)
@@ -77,9 +83,11 @@ class Mlp2(Head):
     Trap: positions of -1 enter the norm's statistics as copies of position 0, though the loss masks them.
     """
 
-    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int) -> None:
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, output_norm: bool = False) -> None:
         super().__init__()
         self.layers = mlp(in_dim, hidden_dim, out_dim)
+        if output_norm:
+            self.layers.append(nn.BatchNorm1d(out_dim, affine=False))
 
     def forward(self, y: Float[Tensor, "b c n n"], positions: Int[Tensor, "b k"]) -> Float[Tensor, "b k d"]:
         return self.vectors(gather_positions(y, positions))
@@ -88,7 +96,7 @@ class Mlp2(Head):
         return self.layers(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
-HEADS: dict[str, Callable[[int, int, int], Head]] = {"conv1x1": Conv1x1, "mlp2": Mlp2}
+HEADS: dict[str, Callable[[int, int, int, bool], Head]] = {"conv1x1": Conv1x1, "mlp2": Mlp2}
 
 
 def transfer_state(source: Head, destination: Head) -> None:

@@ -1,11 +1,13 @@
 """The demo pictures: an ImageFolder of small JPEGs whose class is the set of textured parts that occur together.
 
 Source: CO-SSL's subject (arXiv 2501.02860), spatial co-occurrence, in miniature. Each of the 10 classes is a pair out of five part types:
-every type is in 4 classes, so one type leaves four of them and only both tell. Each type occurs four times in a picture, which is
-grey: what two crops of one picture share is which types they show, and hardly anything else.
+every type is in 4 classes, so one type leaves four of them and only both tell. Each type occurs four times in a picture.
 
-Trap: contrast, size, rotation, phase, shape, place, background and clutter are drawn without looking at the class, and a part's mean is the
-same whatever its texture. A class that leaked through any of them would be read off by the pixel floor, and the demo would show nothing.
+Traps, both seen. Whatever else than the types two crops of a picture share, BYOL learns instead: one dark or bright piece of clutter in
+each picture became 84 % of the variance of its features. So clutter differs from the ground by its colour alone, and the colours of the
+nine shapes lie evenly around the hue circle: no picture is brighter or redder than another. And whatever tells the class to 12 x 12 pixels
+spoils the comparison: contrast, size, rotation, phase, shape, place, colour, background and clutter are drawn without looking at the
+class, and a part's mean is the same whatever its texture.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from tqdm import tqdm
 
 Plane = NDArray[np.float32]
 
-VERSION = "v2"  # part of the folder's name: raise it with every change that alters a pixel
+VERSION = "v3"  # part of the folder's name: raise it with every change that alters a pixel
 TRAIN_COUNT, VAL_COUNT = 2400, 600
 SIDE_PX = (104, 120)
 JPEG_QUALITY = 90
@@ -41,35 +43,34 @@ GRID = 3
 RADIUS = (0.42, 0.5)  # of a grid cell's side; a part is 0.28 to 0.33 of the picture's
 SHAKE = 0.08
 TURN = 0.35  # radians, to either side
-# Colours and clouds are off: with TINT 0.10, BACKGROUND 0.05 (or 0.04, 0.02) BYOL matched colours that two crops share and missed the
-# parts; LOG.md, 2026-11-23, has the numbers.
-TINT = 0.0
-BACKGROUND = 0.0
+REACH = 0.4  # of light from a part's mean; clipping at black and white instead would shift the mean of some textures
+TINT = 0.10
+BACKGROUND = 0.03
 MARGIN = 24  # the largest radius in pixels and the soft rim
 
 PAIRS = tuple(itertools.combinations(range(5), 2))  # the part types of each class; every type is in four of them
 
 
 def _stripes(u: Plane, v: Plane, phase: Plane) -> Plane:
-    return np.sin(8.0 * u + phase)
+    return np.sin(5.5 * u + phase)
 
 
 def _checker(u: Plane, v: Plane, phase: Plane) -> Plane:
-    return 2.0 * np.sin(5.5 * u + phase) * np.sin(5.5 * v + phase)
+    return 2.0 * np.sin(4.4 * u + phase) * np.sin(4.4 * v + phase)
 
 
 def _dots(u: Plane, v: Plane, phase: Plane) -> Plane:
-    s, h = 7.0 * u + phase, 6.0622 * v
+    s, h = 6.0 * u + phase, 5.196 * v
     return np.cos(s) + np.float32(2.0) * np.cos(0.5 * s) * np.cos(h) - 0.6
 
 
 def _rings(u: Plane, v: Plane, phase: Plane) -> Plane:
-    return np.sin(9.0 * np.sqrt(u * u + v * v) + phase)
+    return np.sin(7.5 * np.sqrt(u * u + v * v) + phase)
 
 
 def _rays(u: Plane, v: Plane, phase: Plane) -> Plane:
     angle: Plane = np.arctan2(v, u)
-    return 1.5 * np.sin(5.0 * angle + phase)
+    return 1.5 * np.sin(4.0 * angle + phase)
 
 
 # Each takes coordinates in units of the part's radius and returns about -1..1; its sign is ink or ground.
@@ -104,7 +105,7 @@ def class_names() -> list[str]:
 
 
 def _background(rng: np.random.Generator, width: int, height: int) -> Plane:
-    """`[h w 3]`, grey with faint clouds, alike in all pictures: one that names its picture would be a shortcut."""
+    """`[h w 3]`, grey with faint coloured clouds whose mean is the same in all pictures."""
     coarse = rng.uniform(-1.0, 1.0, (3, 4, 4)).astype(np.float32)
     clouds = [Image.fromarray(c).resize((width, height), Image.Resampling.BICUBIC) for c in coarse - coarse.mean((1, 2), keepdims=True)]
     return np.float32(0.5) + np.float32(BACKGROUND) * np.stack([np.asarray(c) for c in clouds], -1)
@@ -114,11 +115,12 @@ def _shapes(rng: np.random.Generator, pair: tuple[int, int], width: int, height:
     """Nine shapes on a shaken grid: each type of the pair four times, and one plain shape as clutter."""
     part = np.array([*pair] * 4 + [-1])
     cell = rng.permutation(GRID * GRID)
-    draw = rng.random((GRID * GRID, 10)).astype(np.float32)
-    shake_x, shake_y, size, turn, phase, square, middle, contrast, hue_ink, hue_ground = draw.T
+    draw = rng.random((GRID * GRID, 8)).astype(np.float32)
+    shake_x, shake_y, size, turn, phase, square, middle, contrast = draw.T
     column, row = np.divmod(cell, GRID)
     across = math.sqrt(width * height) / GRID
-    hue = np.stack([hue_ink, hue_ground], 1)[..., None] * np.float32(2.0 * math.pi) + np.array([0.0, 2.1, 4.2], np.float32)
+    wheel = np.stack([rng.permutation(GRID * GRID) + rng.random() for _ in range(2)], 1)[..., None] / (GRID * GRID)
+    hue = (2.0 * math.pi * (wheel + np.arange(3) / 3.0)).astype(np.float32)
     size_low, size_high = RADIUS
     return Shapes(
         x=(column + 0.5 + SHAKE * (2.0 * shake_x - 1.0)).astype(np.float32) * np.float32(width / GRID),
@@ -129,7 +131,7 @@ def _shapes(rng: np.random.Generator, pair: tuple[int, int], width: int, height:
         phase=2.0 * math.pi * phase,
         square=square < 0.5,
         middle=0.47 + 0.06 * middle,
-        contrast=0.58 + 0.14 * contrast,
+        contrast=0.76 + 0.14 * contrast,
         tint=np.float32(TINT) * np.cos(hue),
     )
 
@@ -141,8 +143,14 @@ def _textures(shapes: Shapes, u: Plane, v: Plane) -> Plane:
         rows = np.flatnonzero(shapes.part == part)
         if rows.size:
             value = texture(u[rows], v[rows], shapes.phase[rows, None, None])
-            mix[rows] = np.clip(0.5 + 1.5 * value, 0.0, 1.0)
+            mix[rows] = np.clip(0.5 + 2.0 * value, 0.0, 1.0)
     return mix
+
+
+def _centred(values: Plane, inside: Plane) -> Plane:
+    """Each shape's values less their mean over the shape."""
+    mean = (values * inside).sum((1, 2)) / inside.sum((1, 2))
+    return values - mean[:, None, None]
 
 
 def _paint(canvas: Plane, shapes: Shapes, margin: int) -> None:
@@ -158,10 +166,7 @@ def _paint(canvas: Plane, shapes: Shapes, margin: int) -> None:
     rim = np.where(shapes.square[:, None, None], np.float32(1.08) * np.sqrt(np.sqrt(uu * uu + vv * vv)), np.sqrt(uu + vv))
     inside = np.clip((1.0 - rim) * shapes.radius[:, None, None] + 0.5, 0.0, 1.0)
     mix = _textures(shapes, u, v)
-    mean = (mix * inside).sum((1, 2)) / inside.sum((1, 2))
-    light = shapes.middle[:, None, None] + (mix - mean[:, None, None]) * shapes.contrast[:, None, None]
-    plain = shapes.part < 0
-    light[plain] += (0.5 * shapes.contrast * np.sign(np.cos(shapes.phase)))[plain, None, None]
+    light = _centred(np.clip(_centred(mix, inside) * shapes.contrast[:, None, None], -REACH, REACH), inside) + shapes.middle[:, None, None]
     ink, ground = shapes.tint[:, 0, None, None, :], shapes.tint[:, 1, None, None, :]
     paint = light[..., None] + ground + mix[..., None] * (ink - ground)
     for i in range(len(left)):
@@ -208,7 +213,7 @@ def _sweep(cache: Path) -> None:
 
 
 def make_demo_set(cache: Path, seed: int = 0, count: tuple[int, int] = (TRAIN_COUNT, VAL_COUNT)) -> Path:
-    """The folder `<cache>/demo-v1-…/{train,val}/<class>/<index>.jpg`, generated on the first call and returned at once on later ones.
+    """The folder `<cache>/demo-…/{train,val}/<class>/<index>.jpg`, generated on the first call and returned at once on later ones.
 
     `count` is (train, val) pictures, each a multiple of the number of classes: they are balanced, else ValueError.
     Written under another name and renamed when whole: under the final name stands a complete set or none,

@@ -42,24 +42,27 @@ class ViewSpec:
         return np.array([*self.area_frac, *self.aspect, self.flip_p, *jitter, *rest])
 
 
-def _blurred(size_px: int, crop_min: float) -> ViewSpec:
+def _blurred(size_px: int, crop_min: float, jitter: float) -> ViewSpec:
     """The common ground of BYOL's two views. Sigma 0.1 to 2.0 px is meant for 224 px and shrinks with the view."""
-    shrink = size_px / 224
-    return ViewSpec(size_px, area_frac=(crop_min, 1.0), blur_p=1.0, blur_sigma_px=(0.1 * shrink, 2.0 * shrink))
+    if not 0 <= jitter <= 2.5:
+        raise ValueError(f"colour jitter {jitter}: expected 0 (none) to 2.5 times BYOL's, where brightness reaches 0")
+    shrink, s = size_px / 224, jitter
+    view = ViewSpec(size_px, area_frac=(crop_min, 1.0), blur_p=1.0, blur_sigma_px=(0.1 * shrink, 2.0 * shrink))
+    return replace(view, brightness=s * view.brightness, contrast=s * view.contrast, saturation=s * view.saturation, hue=s * view.hue)
 
 
-def byol(size_px: int = 224, crop_min: float = 0.08) -> tuple[ViewSpec, ...]:
+def byol(size_px: int = 224, crop_min: float = 0.08, jitter: float = 1.0) -> tuple[ViewSpec, ...]:
     """BYOL's asymmetric pair: view 1 always blurred, view 2 blurred 1 in 10 and solarized 1 in 5.
 
     Source: Grill et al. 2020 (arXiv:2006.07733), table 6. Trap: crops here are antialiased bilinear, there bicubic.
     """
-    view = _blurred(size_px, crop_min)
+    view = _blurred(size_px, crop_min, jitter)
     return (view, replace(view, blur_p=0.1, solarize_p=0.2))
 
 
-def symmetric(size_px: int = 224, crop_min: float = 0.08) -> tuple[ViewSpec, ...]:
+def symmetric(size_px: int = 224, crop_min: float = 0.08, jitter: float = 1.0) -> tuple[ViewSpec, ...]:
     """Two views of one distribution, each blurred half of the time and never solarized (as SimCLR, arXiv:2002.05709)."""
-    view = replace(_blurred(size_px, crop_min), blur_p=0.5)
+    view = replace(_blurred(size_px, crop_min, jitter), blur_p=0.5)
     return (view, view)
 
 
@@ -68,4 +71,4 @@ def evaluation(size_px: int = 224, centre_frac: float = 224 / 256) -> tuple[View
     return (ViewSpec(size_px, flip_p=0, jitter_p=0, grayscale_p=0, centre_frac=centre_frac),)
 
 
-RECIPES: dict[str, Callable[[int, float], tuple[ViewSpec, ...]]] = {"byol": byol, "symmetric": symmetric}
+RECIPES: dict[str, Callable[[int, float, float], tuple[ViewSpec, ...]]] = {"byol": byol, "symmetric": symmetric}

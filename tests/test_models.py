@@ -83,7 +83,7 @@ def test_gather_reads_row_times_n_plus_column() -> None:
 
 @pytest.mark.parametrize("name", HEADS)
 def test_head_shapes(name: str) -> None:
-    head = HEADS[name](6, 8, 4)
+    head = HEADS[name](6, 8, 4, False)
     positions = torch.tensor([[0, 3, -1], [8, 8, 2]])
     assert head(torch.randn(2, 6, 3, 3), positions).shape == (2, 3, 4)
     assert head.vectors(torch.randn(2, 6)).shape == (2, 4)
@@ -94,16 +94,17 @@ def test_head_shapes(name: str) -> None:
 
 @pytest.mark.parametrize("name", HEADS)
 def test_head_gives_the_same_at_a_position_and_on_its_vector(name: str) -> None:
-    head = HEADS[name](6, 8, 4).double().eval()
+    head = HEADS[name](6, 8, 4, False).double().eval()
     y = torch.randn(2, 6, 3, 3, dtype=torch.float64)
     torch.testing.assert_close(head(y, torch.tensor([[4], [7]]))[1, 0], head.vectors(y[:, :, 2, 1])[1])
 
 
 @pytest.mark.parametrize("other", sorted(HEADS.keys() - {"conv1x1"}))
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_conv1x1_is_a_per_position_mlp(other: str, channels_last: bool) -> None:
+@pytest.mark.parametrize("output_norm", [False, True])
+def test_conv1x1_is_a_per_position_mlp(other: str, channels_last: bool, output_norm: bool) -> None:
     """All positions, equal weights, train mode: equal outputs, gradients and running statistics."""
-    conv, per_position = HEADS["conv1x1"](6, 8, 4).double(), HEADS[other](6, 8, 4).double()
+    conv, per_position = HEADS["conv1x1"](6, 8, 4, output_norm).double(), HEADS[other](6, 8, 4, output_norm).double()
     nn.init.normal_(conv.layers[1].weight)
     transfer_state(conv, per_position)
     y = torch.randn(3, 6, 4, 4, dtype=torch.float64)
@@ -128,8 +129,17 @@ def test_only_mlp2_takes_its_statistics_from_the_sampled_positions() -> None:
     changed[:, :, 2, 2] += 100
     positions = torch.tensor([[0, 1, 4]]).expand(4, 3)
     for name, same in (("conv1x1", False), ("mlp2", True)):
-        head = HEADS[name](6, 8, 4)
+        head = HEADS[name](6, 8, 4, False)
         assert torch.allclose(head(y, positions), head(changed, positions), atol=1e-4) == same
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_output_norm_centres_and_scales_each_dimension(name: str) -> None:
+    y, positions = torch.randn(8, 6, 3, 3), torch.arange(9).expand(8, 9)
+    plain, normed = (HEADS[name](6, 8, 4, output_norm)(y, positions).flatten(0, 1) for output_norm in (False, True))
+    assert not torch.allclose(plain.mean(0), torch.zeros(4), atol=1e-3)
+    torch.testing.assert_close(normed.mean(0), torch.zeros(4), atol=1e-5, rtol=0)
+    torch.testing.assert_close(normed.var(0, correction=0), torch.ones(4), atol=1e-3, rtol=0)
 
 
 def test_mlp_is_byols() -> None:
