@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cossl.pipelines.geometry import box_fractions, sample_views, stream, uniform
 from cossl.pipelines.positions import PositionSpec, sample_positions, source_points
-from cossl.pipelines.views import ViewSpec, byol, evaluation
+from cossl.pipelines.views import RECIPES, ViewSpec, byol, evaluation
 
 ROWS = np.stack([view.row() for view in byol(64, 0.2)])
 GOLDEN_BOXES = [[[21, 2, 93, 86], [8, 1, 81, 80]], [[40, 15, 77, 62], [15, 19, 71, 65]]]
@@ -50,6 +50,23 @@ def test_draws_are_uniform_and_uncorrelated() -> None:
     assert np.abs(draws.mean(0) - 0.5).max() < 0.02
     assert np.abs(draws.var(0) - 1 / 12).max() < 0.005
     assert np.abs(np.corrcoef(draws.T) - np.eye(4)).max() < 0.06
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_jitter_scales_the_colour_changes_alone(recipe: str) -> None:
+    count = np.arange(500)
+    drawn = {}
+    for jitter in (0.0, 0.5, 1.0):
+        rows = np.stack([view.row() for view in RECIPES[recipe](64, 0.2, jitter)])
+        drawn[jitter] = sample_views(0, 0, count, np.full(500, 100), np.full(500, 100), rows)
+    for boxes, flips, photometry in drawn.values():
+        np.testing.assert_array_equal(boxes, drawn[1.0][0])
+        np.testing.assert_array_equal(flips, drawn[1.0][1])
+        np.testing.assert_array_equal(photometry[..., 4:], drawn[1.0][2][..., 4:])
+    none, half, full = (np.abs(drawn[jitter][2][..., :4] - [1.0, 1.0, 1.0, 0.0]) for jitter in (0.0, 0.5, 1.0))
+    assert none.max() == 0
+    np.testing.assert_allclose(2 * half, full, atol=1e-6)
+    np.testing.assert_allclose(full.max((0, 1)), [0.4, 0.4, 0.2, 0.1], rtol=0.02)
 
 
 @settings(max_examples=60, deadline=None)

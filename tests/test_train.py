@@ -146,6 +146,7 @@ def test_a_non_finite_loss_names_the_steps(pictures: Path, tmp_path: Path) -> No
         (["demo", "--loader.backend", "synthetic", "--positions.strategy", "uniform", "--positions.count", "99"], ["99", "1 to 16"]),
         (["demo", "--loader.backend", "synthetic", "--batch-size", "5000"], ["5000", "4096", "--batch-size"]),
         (["demo", "--loader.backend", "synthetic", "--views.crop-min", "0"], ["crop area"]),
+        (["demo", "--loader.backend", "synthetic", "--views.jitter", "3"], ["jitter 3", "0 (none) to 2.5"]),
     ],
 )
 def test_a_mistake_is_one_line_with_its_remedy(capsys, tmp_path, monkeypatch, argv: list[str], words: list[str]) -> None:
