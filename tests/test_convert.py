@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import multiprocessing
 import os
 import resource
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from encoded import encoded, picture
 from PIL import Image
 
 import cossl.pipelines.convert as conversion
@@ -21,24 +21,6 @@ from cossl.tools import cli
 from cossl.tools.write_beton import summary
 
 pytest.importorskip("ffcv")
-
-
-def picture(seed: int = 0, width: int = 48, height: int = 32) -> Image.Image:
-    """A smooth picture that differs in every corner, so that a rotation shows."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def encoded(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
-
-
-def turned(orientation: int) -> bytes:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return encoded(picture(), exif=exif, quality=95)
 
 
 @pytest.fixture

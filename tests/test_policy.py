@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from encoded import encoded, picture, turned
 from PIL import Image
 
 from cossl.pipelines.beton import Row, verify
@@ -16,24 +17,6 @@ from cossl.pipelines.convert import FolderRows, Options, convert
 from cossl.pipelines.ffcv_loader import decode_function
 
 pytest.importorskip("ffcv")
-
-
-def picture(seed: int = 0, width: int = 48, height: int = 32) -> Image.Image:
-    """A smooth picture that differs in every corner, so that a rotation shows."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def encoded(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, kind, **options)
-    return stream.getvalue()
-
-
-def turned(orientation: int) -> bytes:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return encoded(picture(), exif=exif, quality=95)
 
 
 def row_of(data: bytes, tmp_path: Path, **options) -> Row | str:
