@@ -10,7 +10,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import tomllib
 
 if sys.version_info >= (3, 11):
     import tomllib
