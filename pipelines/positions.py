@@ -6,6 +6,7 @@ A position is row * n + column of the n x n feature map. It looks at a square of
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,17 +16,19 @@ from numba import njit
 
 from cossl.pipelines.geometry import POSITIONS, stream, uniform
 
-Strategy = Literal["all", "uniform", "overlap"]
-STRATEGIES: dict[str, int] = {"all": 0, "uniform": 1, "overlap": 2}
-_ALL, _OVERLAP = STRATEGIES["all"], STRATEGIES["overlap"]
+Strategy = Literal["all", "uniform", "grid", "overlap", "disjoint"]
+STRATEGIES: dict[str, int] = {"all": 0, "uniform": 1, "grid": 2, "overlap": 3, "disjoint": 4}
+_ALL, _UNIFORM, _GRID, _OVERLAP, _DISJOINT = STRATEGIES.values()
 
 
 @dataclass(frozen=True)
 class PositionSpec:
     """A strategy, how many positions per view, and the model's position grid in plain numbers.
 
-    all: every position. uniform: `count` different ones at random. overlap: `count` at random among those whose
-    centre lies in another view's crop; where fewer qualify the rest is -1, and the loss leaves them out.
+    all: every position. uniform: `count` different ones at random. grid: `count` = m * m ones, evenly spaced over the map
+    from a random start. overlap: `count` at random among those whose centre lies in another view's crop. disjoint: among
+    those whose receptive field, as far as it lies in the view, shares no area with any other crop: what they see
+    only occurs together with the other view. Where fewer qualify the rest is -1, and the loss leaves them out.
     """
 
     strategy: Strategy
@@ -37,6 +40,7 @@ class PositionSpec:
     view_px: int
 
     def __post_init__(self) -> None:
+        side = math.isqrt(max(self.count, 0))
         if self.strategy not in STRATEGIES:
             raise ValueError(f"unknown position strategy {self.strategy!r}: expected one of {', '.join(STRATEGIES)}")
         if not 1 <= self.count <= self.size**2:
@@ -45,6 +49,8 @@ class PositionSpec:
             raise ValueError(
                 f"strategy 'all' takes all {self.size**2} positions, not {self.count}: leave the count at 0, or choose 'uniform'"
             )
+        if self.strategy == "grid" and self.count != side**2:
+            raise ValueError(f"strategy 'grid' takes a square number of positions, not {self.count}: try {side**2} or {(side + 1) ** 2}")
 
 
 @njit(cache=True, nogil=True)
@@ -55,23 +61,45 @@ def _source_point(x: float, y: float, box: np.ndarray, flip: bool) -> tuple[floa
 
 
 @njit(cache=True, nogil=True)
-def _sample(strategy, size, stride, offset, seed, epoch, index, boxes, flips, out):  # type: ignore[no-untyped-def]
+def _clipped(x: float) -> float:
+    return min(max(x, 0.0), 1.0)
+
+
+@njit(cache=True, nogil=True)
+def _qualifies(strategy: int, x: float, y: float, reach: float, boxes: np.ndarray, view: int, flip: bool) -> bool:
+    """Whether the position at (x, y) that sees `reach` to each side, both as fractions of the view, may be drawn."""
+    centre_x, centre_y = _source_point(x, y, boxes[view], flip)
+    x_1, top = _source_point(_clipped(x - reach), _clipped(y - reach), boxes[view], flip)
+    x_2, bottom = _source_point(_clipped(x + reach), _clipped(y + reach), boxes[view], flip)
+    left, right = min(x_1, x_2), max(x_1, x_2)
+    inside = touches = False
+    for other in range(boxes.shape[0]):
+        if other != view:
+            box = boxes[other]
+            inside |= box[0] <= centre_x < box[2] and box[1] <= centre_y < box[3]
+            touches |= left < box[2] and box[0] < right and top < box[3] and box[1] < bottom
+    return inside if strategy == _OVERLAP else not touches
+
+
+@njit(cache=True, nogil=True)
+def _sample(strategy, size, stride, offset, reach, seed, epoch, index, boxes, flips, out):  # type: ignore[no-untyped-def]
     candidates = np.empty(size * size, np.int64)
+    side = int(round(math.sqrt(out.shape[2])))
     for b in range(boxes.shape[0]):
         for v in range(boxes.shape[1]):
+            key = stream(seed, epoch, index[b], v, POSITIONS)
+            if strategy == _GRID:
+                shift_x, shift_y = uniform(key, 0, 0, 1), uniform(key, 1, 0, 1)
+                for slot in range(out.shape[2]):
+                    row, column = int((slot // side + shift_y) * size / side), int((slot % side + shift_x) * size / side)
+                    out[b, v, slot] = min(row, size - 1) * size + min(column, size - 1)  # 6 + (1 - 2**-53) rounds to 7
+                continue
             found = 0
             for position in range(size * size):
-                qualifies = strategy != _OVERLAP
-                if not qualifies:
-                    x, y = offset + stride * (position % size), offset + stride * (position // size)
-                    x, y = _source_point(x, y, boxes[b, v], flips[b, v])
-                    for other in range(boxes.shape[1]):
-                        box = boxes[b, other]
-                        qualifies |= other != v and box[0] <= x < box[2] and box[1] <= y < box[3]
-                if qualifies:
+                x, y = offset + stride * (position % size), offset + stride * (position // size)
+                if strategy <= _UNIFORM or _qualifies(strategy, x, y, reach, boxes[b], v, flips[b, v]):
                     candidates[found] = position
                     found += 1
-            key = stream(seed, epoch, index[b], v, POSITIONS)
             for slot in range(out.shape[2]):
                 if slot >= found:
                     out[b, v, slot] = -1
@@ -93,7 +121,8 @@ def sample_positions(
     """Positions of each view, all different, -1 where no further one qualifies. Boxes as in `Batch`."""
     out = np.empty((*flips.shape, spec.count), np.int64)
     scale = 1 / spec.view_px
-    args = STRATEGIES[spec.strategy], spec.size, spec.stride_px * scale, spec.offset_px * scale, seed, epoch
+    reach = spec.receptive_field_px / 2 * scale
+    args = STRATEGIES[spec.strategy], spec.size, spec.stride_px * scale, spec.offset_px * scale, reach, seed, epoch
     _sample(*args, index.astype(np.int64), boxes.astype(np.float64), flips, out)
     return out
 

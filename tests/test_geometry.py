@@ -156,6 +156,55 @@ def test_overlap_is_exactly_the_positions_whose_centre_lies_in_the_other_crop() 
     assert (drawn[1] == -1).all()  # crops that do not touch leave no position
 
 
+def test_grid_is_evenly_spaced_and_takes_every_position_in_time() -> None:
+    seen = np.concatenate([positions("grid", 9, epoch).reshape(-1, 9) for epoch in range(60)])
+    for drawn in seen:
+        rows, columns = drawn.reshape(3, 3) // 5, drawn.reshape(3, 3) % 5
+        assert (rows == rows[:, :1]).all()
+        assert (columns == columns[:1]).all()
+        assert set(np.diff(rows[:, 0])) <= {1, 2}  # 5 / 3 apart
+        assert set(np.diff(columns[0])) <= {1, 2}
+    assert set(seen.ravel()) == set(range(25))
+    assert (positions("grid", 25) == np.arange(25)).all()
+
+
+SIDES = st.tuples(*[st.floats(0.05, 0.95)] * 4)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(SIDES, min_size=2, max_size=3), st.lists(st.booleans(), min_size=3, max_size=3))
+def test_disjoint_is_exactly_the_positions_that_see_nothing_of_another_crop(sides: list[tuple[float, ...]], flips: list[bool]) -> None:
+    """Against a map of the source with a point every 1/400: which of a position's points also lie in another crop."""
+    boxes = np.array([[min(a, c), min(b, d), max(a, c) + 0.04, max(b, d) + 0.04] for a, b, c, d in sides])
+    spec = PositionSpec("disjoint", 25, **GRID)  # type: ignore[arg-type]
+    drawn = sample_positions(spec, 0, 0, np.array([0]), boxes[None], np.array([flips[: len(boxes)]]))[0]
+    lattice = np.stack(np.meshgrid(np.arange(400), np.arange(400)), -1) / 400 + 1 / 800
+    inside = [(lattice[..., 0] > b[0]) & (lattice[..., 0] < b[2]) & (lattice[..., 1] > b[1]) & (lattice[..., 1] < b[3]) for b in boxes]
+    for view, box in enumerate(boxes):
+        others = np.any([mask for other, mask in enumerate(inside) if other != view], 0)
+        u, v = (lattice[..., 0] - box[0]) / (box[2] - box[0]), (lattice[..., 1] - box[1]) / (box[3] - box[1])
+        u = 1 - u if flips[view] else u
+        for position in range(25):
+            x, y = 0.5 + 8 * (position % 5), 0.5 + 8 * (position // 5)
+            shared = (np.abs(40 * u - x) < 8.5) & (np.abs(40 * v - y) < 8.5) & inside[view] & others
+            chosen = position in drawn[view]
+            assert not (chosen and shared.any())
+            if not chosen:  # the lattice may miss an overlap thinner than its step
+                assert shared.any() or _smallest_overlap(x, y, box, flips[view], np.delete(boxes, view, 0)) < 1 / 400
+
+
+def _smallest_overlap(x: float, y: float, box: np.ndarray, flip: bool, others: np.ndarray) -> float:
+    """Of the widths and heights of what a receptive field of 17 px shares with the other crops, the largest crop's smaller one."""
+    low, high = np.clip((np.array([x, y]) - 8.5) / 40, 0, 1), np.clip((np.array([x, y]) + 8.5) / 40, 0, 1)
+    if flip:
+        low[0], high[0] = 1 - high[0], 1 - low[0]
+    size = box[2:] - box[:2]
+    low, high = box[:2] + low * size, box[:2] + high * size
+    shared = np.minimum(high, others[:, 2:]) - np.maximum(low, others[:, :2])
+    shared = shared.min(1)
+    return float(shared[shared > 0].max(initial=0.0))
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 24), st.booleans())
 def test_a_position_in_the_source_comes_back_by_the_inverse_map(position: int, flip: bool) -> None:
@@ -168,7 +217,7 @@ def test_a_position_in_the_source_comes_back_by_the_inverse_map(position: int, f
     assert (v * 40 - 0.5) / 8 == pytest.approx(position // 5)
 
 
-@pytest.mark.parametrize(("strategy", "count"), [("uniform", 0), ("uniform", 26), ("all", 7), ("nearest", 5)])
+@pytest.mark.parametrize(("strategy", "count"), [("uniform", 0), ("uniform", 26), ("all", 7), ("grid", 7), ("nearest", 5)])
 def test_impossible_positions_are_refused(strategy: str, count: int) -> None:
-    with pytest.raises(ValueError, match=r"position|takes all"):
+    with pytest.raises(ValueError, match=r"position|takes all|try 4 or 9"):
         PositionSpec(strategy, count, **GRID)  # type: ignore[arg-type]
