@@ -62,7 +62,8 @@ class PositionsConfig:
     """Which feature-map positions take part in the local loss."""
 
     strategy: Strategy = "all"
-    """all, uniform (at random), or overlap (their centre lies in the other view's crop)."""
+    """all, uniform (at random), grid (evenly spaced), overlap (their centre lies in the other view's crop), or disjoint
+    (their receptive field shares nothing with the other view's crop)."""
     count: int = 0
     """Positions per view; 0 means all of the n x n map."""
 
@@ -289,7 +290,10 @@ Forward = Callable[[list[Tensor], Tensor], dict[str, Tensor]]
 def step_(
     model: CoByol, forward: Forward, optimizer: torch.optim.Optimizer, batch: Batch, config: Config, lr: float, tau: float
 ) -> dict[str, Tensor]:
-    """One optimizer step and one target update; the loss terms stay on the device. `forward` is the model, perhaps compiled."""
+    """One optimizer step and one target update; the loss terms stay on the device. `forward` is the model, perhaps compiled.
+
+    Beside the terms: positions per view that take part, and the share of views that have none.
+    """
     views = [augment(view, batch.photometry[:, v]) for v, view in enumerate(batch.split())]
     with torch.autocast(batch.index.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         terms = forward(views, batch.positions)
@@ -299,6 +303,8 @@ def step_(
     terms["loss"].backward()
     optimizer.step()
     model.update_target_(tau)
+    drawn = batch.positions >= 0
+    terms |= {"positions": drawn.sum(2).float().mean(), "views_without_position": 1 - drawn.any(2).float().mean()}
     return {name: term.detach() for name, term in terms.items()}
 
 

@@ -93,7 +93,8 @@ def draw_curves(metrics: Path, path: Path) -> None:
         print(f"no {path.name}: matplotlib is missing, pip install -c constraints.txt -e '.[log]'")
         return
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
-    panels = [[k for k in records[0] if k not in ("step", "epoch", "std", "lr", "ema_tau", "images_per_s")], ["std"], ["lr"]]
+    losses = [k for k in ("loss", "global", "local_to_global", "global_to_local") if k in records[0]]
+    panels = [losses, ["std"], ["lr"]]
     figure = Figure(figsize=(12, 3.4), layout="constrained")
     for axes, names in zip(figure.subplots(1, 3), panels, strict=True):
         for name in names:

@@ -73,6 +73,7 @@ def test_a_run_leaves_its_record(finished: Path) -> None:
     assert results["protocol"]["knn_k"] == 20
     assert [r["step"] for r in metrics(finished)] == list(range(1, 16))
     assert {"loss", "global", "local_to_global", "global_to_local", "lr", "ema_tau"} <= set(metrics(finished)[0])
+    assert all(r["positions"] == 4 and r["views_without_position"] == 0 for r in metrics(finished))
     config = json.loads((finished / "config.json").read_text())
     assert config["preset"] == "demo"
     assert config["model.width"] == 8
@@ -92,6 +93,14 @@ def test_training_moves_the_weights_and_the_untrained_row_does_not(finished: Pat
 def test_another_seed_is_another_run(finished: Path, pictures: Path, tmp_path: Path) -> None:
     run(pictures, tmp_path / "run", "--seed", "1")
     assert metrics(tmp_path / "run")[0]["loss"] != metrics(finished)[0]["loss"]
+
+
+def test_views_without_a_position_are_counted_and_harmless(pictures: Path, tmp_path: Path) -> None:
+    run(pictures, tmp_path / "run", "--positions.strategy", "disjoint", "--positions.count", "2")
+    records = metrics(tmp_path / "run")
+    assert all(r["positions"] <= 2 * (1 - r["views_without_position"]) for r in records)
+    assert 0 < sum(r["views_without_position"] for r in records) / len(records) < 1
+    assert all(r["loss"] == r["loss"] for r in records)
 
 
 @pytest.mark.parametrize("kill_at", [1, 5, 8])
