@@ -76,6 +76,17 @@ class LoaderSpec:
     workers: int = 2
     shuffle: bool = True
     """Training: a new order every epoch, the last incomplete batch dropped. Else: file order, every picture once."""
+    rank: int = 0
+    world_size: int = 1
+    """`batch_size` is that of all ranks together; rank r renders samples r, r + world_size, ... of every batch, so the ranks' batches
+    are the joint one dealt out, whatever their number. In evaluation a rank may end one step early, when the last batch is shorter."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank {self.rank} of {self.world_size}: expected 0 to {self.world_size - 1}")
+        if self.shuffle and self.batch_size % self.world_size:
+            near = self.batch_size // self.world_size * self.world_size or self.world_size
+            raise ValueError(f"batch size {self.batch_size} does not divide among {self.world_size} ranks: use --batch-size {near}")
 
     def steps(self, num_samples: int) -> int:
         if not num_samples:
@@ -95,9 +106,12 @@ class LoaderSpec:
         return np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(num_samples)
 
     def batches(self, num_samples: int, epoch: int, start_step: int) -> Iterator[Int[np.ndarray, "b"]]:
+        """This rank's part of every batch from `start_step` on."""
         order = self.order(num_samples, epoch)
         for step in range(start_step, self.steps(num_samples)):
-            yield order[step * self.batch_size : (step + 1) * self.batch_size]
+            part = order[step * self.batch_size : (step + 1) * self.batch_size][self.rank :: self.world_size]
+            if len(part):
+                yield part
 
 
 def assemble(

@@ -85,6 +85,34 @@ def test_a_restart_continues_exactly(backend: str, open_loader) -> None:
         assert_same(one, other)
 
 
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_deal_out_the_joint_batch(backend: str, open_loader, world_size: int) -> None:
+    joint = list(open_loader(backend).epoch(1, start_step=1))
+    for rank in range(world_size):
+        own = list(open_loader(backend, replace(SPEC, rank=rank, world_size=world_size)).epoch(1, start_step=1))
+        assert len(own) == len(joint)
+        for part, whole in zip(own, joint, strict=True):
+            views = part.views if backend == "synthetic" else tuple(view[:, rank::world_size] for view in whole.views)
+            dealt = {f.name: getattr(whole, f.name)[rank::world_size] for f in fields(Batch) if f.name != "views"}
+            assert_same(part, Batch(views=views, **dealt))
+
+
+def test_ranks_evaluate_every_picture_once(backend: str, open_loader) -> None:
+    seen = []
+    for rank in range(3):
+        spec = LoaderSpec(evaluation(32), 13, workers=1, shuffle=False, rank=rank, world_size=3)
+        loader = open_loader(backend, spec, split="val")
+        seen.append(torch.cat([batch.index for batch in loader.epoch(0)]))
+    assert torch.equal(torch.cat(seen).sort().values, torch.arange(loader.num_samples))
+    assert max(map(len, seen)) - min(map(len, seen)) <= len(loader)
+
+
+@pytest.mark.parametrize(("rank", "world_size", "said"), [(0, 3, "--batch-size 15"), (0, 32, "--batch-size 32"), (2, 2, "0 to 1")])
+def test_impossible_ranks_are_refused(rank: int, world_size: int, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        replace(SPEC, rank=rank, world_size=world_size)
+
+
 def test_an_epoch_is_a_permutation_and_the_next_another(backend: str, open_loader) -> None:
     loader = open_loader(backend)
     first, second = (torch.cat([batch.index for batch in loader.epoch(e)]) for e in (0, 1))
