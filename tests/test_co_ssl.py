@@ -132,6 +132,19 @@ def test_every_online_parameter_learns_and_no_target_parameter_does() -> None:
         assert all(p.grad is None and not p.requires_grad for p in model.target.parameters())
 
 
+@pytest.mark.parametrize("shared_heads", [False, True])
+def test_output_norm_is_on_projectors_alone(shared_heads: bool) -> None:
+    for output_norm in (False, True):
+        model = make(LossConfig(), output_norm=output_norm, shared_heads=shared_heads)
+        for network in (model.online, model.target):
+            for projector in (network.projector, network.local_projector):
+                assert projector is not None
+                assert hasattr(projector.layers[-1], "running_mean") == output_norm
+        for predictor in (model.online.predictor, model.online.local_predictor):
+            assert predictor is not None
+            assert not hasattr(predictor.layers[-1], "running_mean")
+
+
 def test_shared_heads_are_one_module_in_both_networks() -> None:
     model = make(LossConfig(), shared_heads=True)
     assert model.online.local_projector is model.online.projector
