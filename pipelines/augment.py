@@ -67,7 +67,7 @@ def _shift_hue(x: Float[Tensor, "b 3 h w"], shift: Float[Tensor, "b 1 1"]) -> Fl
     return torch.stack(channels, 1)
 
 
-def _blur(x: Float[Tensor, "b 3 h w"], sigma: Float[Tensor, "b"]) -> Float[Tensor, "b 3 h w"]:
+def _blur(x: Float[Tensor, "b 3 h w"], sigma: Float[Tensor, " b"]) -> Float[Tensor, "b 3 h w"]:
     b, c, h, w = x.shape
     radius = blur_radius(h)
     taps = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Protocol
@@ -30,13 +31,18 @@ class Batch:
     flips: Bool[Tensor, "b v"]
     positions: Int[Tensor, "b v k"]
     photometry: Float[Tensor, "b v 8"]
-    index: Int[Tensor, "b"]
-    label: Int[Tensor, "b"]
+    index: Int[Tensor, " b"]
+    label: Int[Tensor, " b"]
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`; from pinned memory the copy does not wait."""
         moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self) if f.name != "views"}
         return replace(self, views=tuple(view.to(device, non_blocking=True) for view in self.views), **moved)
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory; torch's DataLoader calls this."""
+        moved = {f.name: getattr(self, f.name).pin_memory() for f in fields(self) if f.name != "views"}
+        return replace(self, views=tuple(view.pin_memory() for view in self.views), **moved)
 
     def split(self) -> list[UInt8[Tensor, "b 3 s s"]]:
         """Each view on its own, in the recipe's order; no copy."""
@@ -82,6 +88,9 @@ class LoaderSpec:
     are the joint one dealt out, whatever their number. In evaluation a rank may end one step early, when the last batch is shorter."""
 
     def __post_init__(self) -> None:
+        sizes = [view.size_px for view in self.recipe]
+        if sizes != [size for size, count in Counter(sizes).items() for _ in range(count)]:
+            raise ValueError(f"views of {sizes} px: put views of one size next to each other, they share a tensor")
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank {self.rank} of {self.world_size}: expected 0 to {self.world_size - 1}")
         if self.shuffle and self.batch_size % self.world_size:
@@ -99,13 +108,19 @@ class LoaderSpec:
             )
         return num_samples // self.batch_size
 
-    def order(self, num_samples: int, epoch: int) -> Int[np.ndarray, "n"]:
+    def buffers(self, count: int, pin: bool = False) -> tuple[list[UInt8[Tensor, "v b s s 3"]], list[UInt8[np.ndarray, "b s s 3"]]]:
+        """Memory for the views of `count` samples: a tensor per view size, and each view's part of it, to be rendered into."""
+        sizes = Counter(view.size_px for view in self.recipe)
+        groups = [torch.empty((views, count, size, size, 3), dtype=torch.uint8, pin_memory=pin) for size, views in sizes.items()]
+        return groups, [view.numpy() for group in groups for view in group]
+
+    def order(self, num_samples: int, epoch: int) -> Int[np.ndarray, " n"]:
         """Sample indices in the order of this epoch: a function of (seed, epoch) alone."""
         if not self.shuffle:
             return np.arange(num_samples)
         return np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(num_samples)
 
-    def batches(self, num_samples: int, epoch: int, start_step: int) -> Iterator[Int[np.ndarray, "b"]]:
+    def batches(self, num_samples: int, epoch: int, start_step: int) -> Iterator[Int[np.ndarray, " b"]]:
         """This rank's part of every batch from `start_step` on."""
         order = self.order(num_samples, epoch)
         for step in range(start_step, self.steps(num_samples)):
@@ -117,22 +132,19 @@ class LoaderSpec:
 def assemble(
     spec: LoaderSpec,
     epoch: int,
-    views: list[np.ndarray],
+    views: list[UInt8[Tensor, "v b s s 3"]],
     boxes: Float[np.ndarray, "b v 4"],
     flips: Bool[np.ndarray, "b v"],
     photometry: Float[np.ndarray, "b v 8"],
-    index: Int[np.ndarray, "b"],
-    label: Int[np.ndarray, "b"],
+    index: Int[np.ndarray, " b"],
+    label: Int[np.ndarray, " b"],
 ) -> Batch:
-    """A `Batch` from what a loader rendered: views uint8 [b s s 3] in the recipe's order, boxes as in `Batch`."""
-    groups: dict[int, list[np.ndarray]] = {}
-    for view, pixels in zip(spec.recipe, views, strict=True):
-        groups.setdefault(view.size_px, []).append(pixels)
+    """A `Batch` from what a loader rendered into `spec.buffers`; boxes as in `Batch`."""
     positions = np.empty((*flips.shape, 0), np.int64)
     if spec.positions is not None:
         positions = sample_positions(spec.positions, spec.seed, epoch, index, boxes, flips)
     return Batch(
-        views=tuple(torch.from_numpy(np.stack(group)).permute(0, 1, 4, 2, 3) for group in groups.values()),
+        views=tuple(view.permute(0, 1, 4, 2, 3) for view in views),
         boxes=torch.from_numpy(boxes),
         flips=torch.from_numpy(flips),
         positions=torch.from_numpy(positions),

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from cossl.pipelines.batch import Batch, LoaderSpec, assemble
@@ -51,7 +52,6 @@ def require_ffcv() -> Any:
     Dict that only plain Python reads; compiling that dict is most of the import (4.5 of 6 s of CPU), so it gets an ordinary one instead.
     """
     import numba.typed
-    import torch
 
     threads, typed_dict = torch.get_num_threads(), numba.typed.Dict
     try:
@@ -257,6 +257,7 @@ class FfcvLoader:
         self.class_names = tuple(self.beton.class_names)
         self._decode, self._local = decode_function(), threading.local()
         self._rows = np.stack([view.row() for view in spec.recipe])
+        self._pin = torch.cuda.is_available()
         self._pool = ThreadPoolExecutor(max(1, spec.workers), thread_name_prefix="cossl-ffcv")
         len(self)
 
@@ -284,12 +285,12 @@ class FfcvLoader:
     def _start(self, epoch: int, index: NDArray[np.int64]) -> tuple[list[Future[None]], Callable[[], Batch]]:
         heights, widths = self.beton.heights[index], self.beton.widths[index]
         boxes, flips, photometry = sample_views(self.spec.seed, epoch, index, heights, widths, self._rows)
-        views = [np.empty((len(index), view.size_px, view.size_px, 3), np.uint8) for view in self.spec.recipe]
+        groups, views = self.spec.buffers(len(index), pin=self._pin)
         share = -(-len(index) // (4 * max(1, self.spec.workers)))  # four pieces a thread, so that threads end together
         pieces = [range(i, min(i + share, len(index))) for i in range(0, len(index), share)]
         futures = [self._pool.submit(self._render, piece, index, boxes, flips, views) for piece in pieces]
         fractions, labels = box_fractions(boxes, heights, widths), self.beton.labels[index]
-        return futures, lambda: assemble(self.spec, epoch, views, fractions, flips, photometry, index, labels)
+        return futures, lambda: assemble(self.spec, epoch, groups, fractions, flips, photometry, index, labels)
 
     def _finish_batch(self, futures: list[Future[None]], batch: Callable[[], Batch]) -> Batch:
         for future in futures:

@@ -98,9 +98,9 @@ def _sample_views(seed, epoch, index, heights, widths, specs, boxes, flips, phot
 def sample_views(
     seed: int,
     epoch: int,
-    index: Int[np.ndarray, "b"],
-    heights: Int[np.ndarray, "b"],
-    widths: Int[np.ndarray, "b"],
+    index: Int[np.ndarray, " b"],
+    heights: Int[np.ndarray, " b"],
+    widths: Int[np.ndarray, " b"],
     specs: Float[np.ndarray, "v 16"],
 ) -> tuple[Int[np.ndarray, "b v 4"], Bool[np.ndarray, "b v"], Float[np.ndarray, "b v 8"]]:
     """Boxes (top, left, height, width) in pixels of the source, flips, and photometric parameters of each view.
@@ -119,7 +119,7 @@ def sample_views(
 
 
 def box_fractions(
-    boxes: Int[np.ndarray, "b v 4"], heights: Int[np.ndarray, "b"], widths: Int[np.ndarray, "b"]
+    boxes: Int[np.ndarray, "b v 4"], heights: Int[np.ndarray, " b"], widths: Int[np.ndarray, " b"]
 ) -> Float[np.ndarray, "b v 4"]:
     """The boxes as (left, top, right, bottom), fractions of the source picture, float32."""
     top, left, h, w = (boxes[..., i].astype(np.float64) for i in range(4))

@@ -114,7 +114,7 @@ def sample_positions(
     spec: PositionSpec,
     seed: int,
     epoch: int,
-    index: Int[np.ndarray, "b"],
+    index: Int[np.ndarray, " b"],
     boxes: Float[np.ndarray, "b v 4"],
     flips: Bool[np.ndarray, "b v"],
 ) -> Int[np.ndarray, "b v k"]:
@@ -127,7 +127,9 @@ def sample_positions(
     return out
 
 
-def source_points(spec: PositionSpec, positions: Int[np.ndarray, "k"], box: Float[np.ndarray, "4"], flip: bool) -> Float[np.ndarray, "k 2"]:
+def source_points(
+    spec: PositionSpec, positions: Int[np.ndarray, " k"], box: Float[np.ndarray, "4"], flip: bool
+) -> Float[np.ndarray, "k 2"]:
     """Centres (x, y) of the positions of one view as fractions of the source picture."""
     x = (spec.offset_px + spec.stride_px * (positions % spec.size)) / spec.view_px
     y = (spec.offset_px + spec.stride_px * (positions // spec.size)) / spec.view_px

@@ -21,7 +21,9 @@ class SyntheticLoader:
         self.spec, self.class_names = spec, tuple(f"class-{i}" for i in range(NUM_CLASSES))
         self._rows = np.stack([view.row() for view in spec.recipe])
         random = np.random.Generator(np.random.Philox(key=[spec.seed, 0]))
-        self._views = [random.integers(0, 256, (spec.batch_size, v.size_px, v.size_px, 3), np.uint8) for v in spec.recipe]
+        self._views, buffers = spec.buffers(spec.batch_size)
+        for buffer in buffers:
+            buffer[:] = random.integers(0, 256, buffer.shape, np.uint8)
         len(self)
 
     def __len__(self) -> int:
@@ -35,7 +37,7 @@ class SyntheticLoader:
         for index in self.spec.batches(NUM_SAMPLES, epoch, start_step):
             sizes = np.full(len(index), PICTURE_PX), np.full(len(index), PICTURE_PX)
             boxes, flips, photometry = sample_views(self.spec.seed, epoch, index, *sizes, self._rows)
-            views = [view[: len(index)] for view in self._views]
+            views = [view[:, : len(index)] for view in self._views]
             yield assemble(self.spec, epoch, views, box_fractions(boxes, *sizes), flips, photometry, index, index % NUM_CLASSES)
 
     def picture(self, index: int) -> UInt8[np.ndarray, "h w 3"]:

@@ -117,5 +117,7 @@ class TorchLoader:
 
 def _collate(spec: LoaderSpec, epoch: int, samples: list[tuple]) -> Batch:
     views, *columns = zip(*samples, strict=True)
-    stacked = [np.stack([sample[v] for sample in views]) for v in range(len(spec.recipe))]
-    return assemble(spec, epoch, stacked, *(np.stack(column) for column in columns))
+    groups, buffers = spec.buffers(len(samples))
+    for v, buffer in enumerate(buffers):
+        np.stack([sample[v] for sample in views], out=buffer)
+    return assemble(spec, epoch, groups, *(np.stack(column) for column in columns))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as reference
+from encoded import turned
 from PIL import Image
 
 from cossl.pipelines import LOADERS, choose_backend, find_split, make_loader
@@ -83,6 +84,13 @@ def test_a_restart_continues_exactly(backend: str, open_loader) -> None:
     whole = list(loader.epoch(2))
     for one, other in zip(whole[2:], loader.epoch(2, start_step=2), strict=True):
         assert_same(one, other)
+
+
+def test_views_of_one_size_stand_together() -> None:
+    small, large = ViewSpec(32), ViewSpec(48)
+    replace(SPEC, recipe=(large, large, small, small))
+    with pytest.raises(ValueError, match=r"\[48, 32, 48\] px: put views of one size next to each other"):
+        replace(SPEC, recipe=(large, small, large))
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -171,6 +179,14 @@ def test_labels_follow_the_class_folders(pictures: Path, open_loader) -> None:
     assert [names[i] for i in batch.label] == [file.parent.name for file in files]
     with Image.open(files[5]) as picture:
         np.testing.assert_array_equal(loader.picture(5), np.asarray(picture.convert("RGB")))
+
+
+def test_a_folder_is_read_upright(tmp_path: Path) -> None:
+    (tmp_path / "class").mkdir()
+    for name, orientation in (("a.jpg", 1), ("b.jpg", 6)):
+        (tmp_path / "class" / name).write_bytes(turned(orientation))
+    loader = make_loader("torch", tmp_path, LoaderSpec(evaluation(32), 2, workers=0, shuffle=False))
+    np.testing.assert_array_equal(loader.picture(1), np.rot90(loader.picture(0), -1))
 
 
 def test_a_broken_picture_in_a_folder_is_named(tmp_path: Path) -> None:
