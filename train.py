@@ -128,7 +128,7 @@ def demo() -> Config:
     """CO-BYOL on generated pictures whose class is which parts occur together: about three minutes on 2 CPU cores."""
     model = ModelConfig("rf_resnet18", receptive_field=29, width=16, mlp_after_pool=0, hidden_dim=512, out_dim=128, output_norm=True)
     optim = OptimConfig("adamw", base_lr=0.016, weight_decay=0.01, warmup_epochs=0.5, ema_tau=0.98)
-    small = Config(epochs=10, batch_size=32, precision="fp32", compile=False, log_every=20, eval_px=72, model=model, optim=optim)
+    small = Config(epochs=8, batch_size=32, precision="fp32", compile=False, log_every=20, eval_px=72, model=model, optim=optim)
     return replace(small, views=ViewsConfig("symmetric", 32, crop_min=0.4, jitter=0.5))
 
 
