@@ -5,9 +5,9 @@ every type is in 4 classes, so one type leaves four of them and only both tell. 
 
 Traps, both seen. Whatever else than the types two crops of a picture share, BYOL learns instead: one dark or bright piece of clutter in
 each picture became 84 % of the variance of its features. So clutter differs from the ground by its colour alone, and the colours of the
-nine shapes lie evenly around the hue circle: no picture is brighter or redder than another. And whatever tells the class to 12 x 12 pixels
-spoils the comparison: contrast, size, rotation, phase, shape, place, colour, background and clutter are drawn without looking at the
-class, and a part's mean is the same whatever its texture.
+nine shapes lie evenly around the hue circle: no picture is redder than another, and hardly brighter. And whatever tells the class to
+12 x 12 pixels spoils the comparison: contrast, size, rotation, phase, shape, place, colour, background and clutter are drawn without
+looking at the class, and a part's mean is the same whatever its texture.
 """
 
 from __future__ import annotations
