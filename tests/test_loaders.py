@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from importlib.util import find_spec
@@ -150,6 +151,9 @@ def test_abandoned_epochs_leave_no_thread(backend: str, open_loader) -> None:
     before = threading.active_count()
     for epoch in range(20 if backend == "torch" else 200):
         next(iter(loader.epoch(epoch)))
+    deadline = time.monotonic() + 5  # the last epoch's thread is told to end, and takes a moment
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert threading.active_count() <= before
 
 
