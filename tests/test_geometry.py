@@ -190,7 +190,7 @@ def test_disjoint_is_exactly_the_positions_that_see_nothing_of_another_crop(side
             chosen = position in drawn[view]
             assert not (chosen and shared.any())
             if not chosen:  # the lattice may miss an overlap thinner than its step
-                assert shared.any() or _smallest_overlap(x, y, box, flips[view], np.delete(boxes, view, 0)) < 1 / 400
+                assert shared.any() or 0 < _smallest_overlap(x, y, box, flips[view], np.delete(boxes, view, 0)) < 1 / 400
 
 
 def _smallest_overlap(x: float, y: float, box: np.ndarray, flip: bool, others: np.ndarray) -> float:
