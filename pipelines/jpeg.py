@@ -18,15 +18,17 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 LANES = 32  # blocks transformed at a time
 _LOOK = 10  # bits that one table look-up sees
-# A table entry: length (6 bits), run (4), size (4), end of block, value still to be read, and the value (signed) from bit 16 on; 0: no code.
-_END_OF_BLOCK, _PARTIAL = 1 << 14, 1 << 15
-_ZERO, _FF, _LOOK_SHIFT = np.uint64(0), np.uint64(0xFFFFFFFF), np.uint64(64 - _LOOK)
-_ONES, _TOPS = np.uint64(0x01010101), np.uint64(0x80808080)
+# A table entry, 0 where there is no code: bits of code and value together (6), bits of the code (5), of the value (4), run before it (8).
+_SIZE_AT, _RUN_AT, _LENGTH_AT = 11, 15, 6
+_END_OF_BLOCK = 128  # a run that leaves the block
+_U0, _U1, _U56, _U63, _U64 = (np.uint64(n) for n in (0, 1, 56, 63, 64))
+_LOOK_SHIFT, _TWO, _THREE, _FIVE_BITS, _FOUR_BITS, _SIX_BITS = (np.uint64(n) for n in (64 - _LOOK, 2, 3, 31, 15, 63))
+_ONES, _TOPS, _ALL = (np.uint64(n) for n in (0x0101010101010101, 0x8080808080808080, 0xFFFFFFFFFFFFFFFF))
+MARGIN = 512  # zeros behind the unstuffed data: more than one damaged block can consume
 OK, DECLINED = 0, 1
 
 # info: what the header says, as one int64 row
@@ -34,10 +36,10 @@ _HEIGHT, _WIDTH, _COMPONENTS, _H, _V, _RESTART, _SCAN = range(7)
 _QUANT_OF, _DC_OF, _AC_OF = 7, 10, 13  # three entries each: the tables of each component
 _INFO = 16
 
-_ZIGZAG = np.array(
-    [0, 1, 8, 16, 9, 2, 3, 10, 17, 24, 32, 25, 18, 11, 4, 5, 12, 19, 26, 33, 40, 48, 41, 34, 27, 20, 13, 6, 7, 14, 21, 28,
-     35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23, 30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63,
-     *[63] * 16], np.int64,
+# how many bytes from a lane its coefficient k lies: row by row (T.81, figure 5), LANES lanes of int16 each
+_PLACE = 2 * LANES * np.array(
+    [0, 1, 8, 16, 9, 2, 3, 10, 17, 24, 32, 25, 18, 11, 4, 5, 12, 19, 26, 33, 40, 48, 41, 34, 27, 20, 13, 6, 7, 14, 21, 28, 35, 42, 49, 56,
+     57, 50, 43, 36, 29, 22, 15, 23, 30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63], np.int32,
 )  # fmt: skip
 
 # tables: per Huffman table the look-up, then for longer codes the largest code of each length, the offset of its first symbol, the symbols
@@ -46,18 +48,48 @@ _MAXCODE, _OFFSET, _SYMBOLS = _LOOKUP, _LOOKUP + 18, _LOOKUP + 36
 _TABLE = _LOOKUP + 36 + 256
 
 
+# Inner loops read and write through addresses: an array handed to a function in numba costs two atomic operations a call, which were more
+# than half of the time of a block. Whoever passes an address keeps the array and its bounds.
+
+
 @intrinsic
-def _load_big_endian_32(typing_context, array, at):  # type: ignore[no-untyped-def]
-    """The four bytes from array[at] on as one number; the caller has made sure that they exist."""
+def _address(typing_context, array):  # type: ignore[no-untyped-def]
+    """Where the array's first element lies."""
 
     def build(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        place = builder.bitcast(builder.gep(data, [arguments[1]]), ir.IntType(32).as_pointer())
-        word = builder.load(place)
-        word.align = 1
-        return builder.bswap(word)
+        return builder.ptrtoint(context.make_array(signature.args[0])(context, builder, arguments[0]).data, ir.IntType(64))
 
-    return types.uint32(array, types.int64), build
+    return types.int64(array), build
+
+
+def _access(bits, returns, swapped=False):  # type: ignore[no-untyped-def]
+    """An intrinsic that reads a number of so many bits at an address, or with `returns` None writes it; `swapped`: big-endian."""
+
+    def place(builder, address):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(address, ir.IntType(bits).as_pointer())
+
+    @intrinsic
+    def read(typing_context, address):  # type: ignore[no-untyped-def]
+        def build(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            word = builder.load(place(builder, arguments[0]), align=1)
+            return builder.bswap(word) if swapped else word
+
+        return returns(types.int64), build
+
+    @intrinsic
+    def write(typing_context, address, value):  # type: ignore[no-untyped-def]
+        def build(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            word = builder.trunc(arguments[1], ir.IntType(bits)) if bits < 64 else arguments[1]
+            builder.store(builder.bswap(word) if swapped else word, place(builder, arguments[0]), align=1)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64 if bits < 64 else types.uint64), build
+
+    return read if returns is not None else write
+
+
+_read_word, _write_word = _access(64, types.uint64, swapped=True), _access(64, None, swapped=True)
+_read_32, _write_16 = _access(32, types.int32), _access(16, None)
 
 
 # ---- header -----------------------------------------------------------------------------------------------------------------------
@@ -65,9 +97,11 @@ def _load_big_endian_32(typing_context, array, at):  # type: ignore[no-untyped-d
 
 @njit(cache=True, nogil=True)
 def _entry(length, symbol, is_ac):  # type: ignore[no-untyped-def]
-    """The table entry of a code whose value, if any, is still to be read."""
+    """The table entry of a code of `length` bits."""
     run, size = symbol >> 4, symbol & 15
-    return length + (run << 6) + (size << 10) + (_PARTIAL if size else _END_OF_BLOCK if is_ac and run != 15 else 0)
+    if is_ac and size == 0 and run != 15:
+        run = _END_OF_BLOCK
+    return (length + size) + (length << _LENGTH_AT) + (size << _SIZE_AT) + (run << _RUN_AT)
 
 
 @njit(cache=True, nogil=True)
@@ -83,14 +117,9 @@ def _build_table(data, at, symbols_at, is_ac, table):  # type: ignore[no-untyped
             table[_SYMBOLS + taken] = symbol
             if code >> length or not (is_ac or symbol < 16):
                 return False
-            spare, size = _LOOK - length, symbol & 15
-            for rest in range(1 << spare if spare >= 0 else 0):
-                entry = _entry(length, symbol, is_ac)
-                if 0 < size <= spare:
-                    value = rest >> (spare - size)
-                    value -= ((1 << size) - 1) * (value < 1 << (size - 1))
-                    entry = (length + size) + (symbol >> 4 << 6) + (value << 16)
-                table[(code << spare) + rest] = entry
+            if length <= _LOOK:
+                spare = _LOOK - length
+                table[code << spare : (code + 1) << spare] = _entry(length, symbol, is_ac)
             code, taken = code + 1, taken + 1
         table[_MAXCODE + length] = code - 1 if count else -1
         code <<= 1
@@ -220,107 +249,130 @@ def _read_header(data, info, quant, tables, known):  # type: ignore[no-untyped-d
 
 
 @njit(cache=True, nogil=True)
-def _refill(data, at, bits, count, missing):  # type: ignore[no-untyped-def]
-    """At least 32 valid bits, left-aligned. At a marker or the end zeros follow, and `missing` counts them."""
-    if at + 4 <= len(data):
-        word = np.uint64(_load_big_endian_32(data, at))
-        if ((word ^ _FF) - _ONES) & ~(word ^ _FF) & _TOPS == _ZERO:  # no byte is 0xFF
-            return at + 4, bits | (word << np.uint64(32 - count)), count + 32, missing
-    while count <= 48:
-        byte = _ZERO
-        if at + 1 < len(data) and (data[at] != 0xFF or data[at + 1] == 0):
-            byte = np.uint64(data[at])
-            at += 2 if data[at] == 0xFF else 1
-        else:
-            missing += 8
-        bits |= byte << np.uint64(56 - count)
-        count += 8
-    return at, bits, count, missing
+def _unstuff(data, at, clean):  # type: ignore[no-untyped-def]
+    """Copies data[at:] up to the next marker, without the zeros stuffed behind each 0xFF; (where the marker is, bytes copied)."""
+    size, into, source, target = len(data), 0, _address(data), _address(clean)
+    while at + 1 < size:
+        if at + 8 <= size:
+            word = _read_word(source + at)
+            if ((word ^ _ALL) - _ONES) & word & _TOPS == _U0:  # no byte is 0xFF
+                _write_word(target + into, word)
+                at, into = at + 8, into + 8
+                continue
+        for _ in range(8):
+            if at + 1 >= size:
+                break
+            byte = data[at]
+            if byte == 0xFF:
+                if data[at + 1] != 0:
+                    clean[into : into + MARGIN] = 0
+                    return at, into
+                at += 1
+            clean[into] = byte
+            at, into = at + 1, into + 1
+    clean[into : into + MARGIN] = 0
+    return at, into
 
 
 @njit(cache=True, nogil=True)
 def _long_code(table, bits):  # type: ignore[no-untyped-def]
-    """The entry of a code of more than _LOOK bits; 0 where there is none."""
+    """The entry of a code of more than _LOOK bits in the table at that address; 0 where there is none."""
     for length in range(_LOOK + 1, 17):
         code = np.int64(bits >> np.uint64(64 - length))
-        if code <= table[_MAXCODE + length]:
-            return _entry(length, np.int64(table[_SYMBOLS + ((code + table[_OFFSET + length]) & 255)]), True)
-    return np.int64(0)
+        if code <= _read_32(table + 4 * (_MAXCODE + length)):
+            place = (code + _read_32(table + 4 * (_OFFSET + length))) & 255
+            return _entry(length, np.int64(_read_32(table + 4 * (_SYMBOLS + place))), True)
+    return 0
+
+
+@njit(inline="always")
+def _value(entry, bits):  # type: ignore[no-untyped-def]
+    """The number behind a code: its bits, negative where they begin with 0 (T.81, F.2.2.1). Without a branch, as it cannot be foreseen."""
+    size = (entry >> np.uint64(_SIZE_AT)) & _FOUR_BITS
+    rest = bits << ((entry >> np.uint64(_LENGTH_AT)) & _FIVE_BITS)
+    low = np.int64((_U1 << size) - _U1) & ~(np.int64(rest) >> 63)
+    return np.int64((rest >> _U1) >> (_U63 - size)) - low
 
 
 @njit(cache=True, nogil=True)
-def _take(entry, bits, count):  # type: ignore[no-untyped-def]
-    """The value of a table entry, and the bits after it."""
-    length, size, value = entry & 63, (entry >> 10) & 15, entry >> 16
-    bits, count = bits << np.uint64(length), count - length
-    if entry & _PARTIAL:
-        raw = np.int64(bits >> np.uint64(64 - size))
-        value = raw - ((1 << size) - 1) * (raw < 1 << (size - 1))
-        bits, count = bits << np.uint64(size), count - size
-    return value, bits, count
+def _decode_block(at, bits, count, dc, ac, quant, predicted, places, lane):  # type: ignore[no-untyped-def]
+    """One block, dequantized; (at, bits, count, its DC, whether every code was one).
 
-
-@njit(cache=True, nogil=True)
-def _decode_block(data, at, bits, count, missing, dc, ac, quant, predicted, coefficients, lane):  # type: ignore[no-untyped-def]
-    """One block, dequantized, into coefficients[lane::LANES]. The last number returned is over 64 where a code is broken."""
-    if count < 32:
-        at, bits, count, missing = _refill(data, at, bits, count, missing)
-    entry = np.int64(dc[bits >> _LOOK_SHIFT])
-    if entry == 0:
-        entry = _long_code(dc, bits)
-    value, bits, count = _take(entry, bits, count)
-    predicted += value
-    coefficients[lane] = predicted * quant[0]
-    k = 1 if entry else 99
+    at, dc, ac and quant are addresses: of the data, the two tables and the quantizers. places is that of _PLACE, which says how far from
+    `lane` each coefficient goes. `bits` holds what follows, uppermost bit first; at least `count` of them are valid, and after a refill
+    56: a code and its value have 31 at most.
+    """
+    fine = True
+    bits |= _read_word(at) >> count
+    at += np.int64((_U63 - count) >> _THREE)
+    count |= _U56
+    entry = np.uint64(_read_32(dc + np.int64((bits >> _LOOK_SHIFT) << _TWO)))
+    if entry == _U0:
+        entry = np.uint64(_long_code(dc, bits))
+        fine = entry != _U0
+    predicted += _value(entry, bits)
+    bits <<= entry & _SIX_BITS
+    count -= entry & _SIX_BITS
+    _write_16(lane, predicted * _read_32(quant))
+    k = 1
     while k < 64:
-        if count < 32:
-            at, bits, count, missing = _refill(data, at, bits, count, missing)
-        entry = np.int64(ac[bits >> _LOOK_SHIFT])
-        if entry == 0:
-            entry = _long_code(ac, bits)
-            if entry == 0:
-                k = 99
+        bits |= _read_word(at) >> count
+        at += np.int64((_U63 - count) >> _THREE)
+        count |= _U56
+        entry = np.uint64(_read_32(ac + np.int64((bits >> _LOOK_SHIFT) << _TWO)))
+        if entry == _U0:
+            entry = np.uint64(_long_code(ac, bits))
+            if entry == _U0:
+                fine = False
                 break
-        value, bits, count = _take(entry, bits, count)
-        if entry & _END_OF_BLOCK:
+        k += np.int64(entry >> np.uint64(_RUN_AT))
+        value = _value(entry, bits)
+        bits <<= entry & _SIX_BITS
+        count -= entry & _SIX_BITS
+        if k > 63:
+            fine &= k >= _END_OF_BLOCK
             break
-        k += (entry >> 6) & 15
-        coefficients[_ZIGZAG[k] * LANES + lane] = value * quant[k & 63]
+        _write_16(lane + _read_32(places + 4 * k), value * _read_32(quant + 4 * k))
         k += 1
-    return at, bits, count, missing, predicted, k
+    return at, bits, count, predicted, fine
 
 
 @njit(cache=True, nogil=True)
-def _decode_scan(data, info, quant, tables, region, origin, stride, planes, tile):  # type: ignore[no-untyped-def]
+def _decode_scan(data, info, quant, tables, places, region, origin, stride, planes, tile, clean):  # type: ignore[no-untyped-def]
     """The samples of MCUs region = (left, top, right, bottom) into `planes`, words of eight samples of a column.
 
     Component c starts at word origin[c], its columns are stride[c] words apart. False where the data are damaged.
     """
-    coefficients, work, samples, words, targets, strides, trash = tile
+    coefficients, work, samples, words, targets, strides = tile
     left, top, right, bottom = region
-    components, across = info[_COMPONENTS], -(-info[_WIDTH] // (8 * info[_H]))
-    down = -(-info[_HEIGHT] // (8 * info[_V]))
-    at, bits, count, missing, lanes, until_restart = info[_SCAN], _ZERO, 0, 0, 0, info[_RESTART]
+    across, down = -(-info[_WIDTH] // (8 * info[_H])), -(-info[_HEIGHT] // (8 * info[_V]))
+    restart, until_restart, lanes, components = info[_RESTART], info[_RESTART], 0, info[_COMPONENTS]
+    marker, size = _unstuff(data, info[_SCAN], clean)
+    start, first_lane, natural = _address(clean), _address(coefficients), _address(places)
+    at, bits, count, trash = start, _U0, _U0, first_lane + 2 * 64 * LANES
     predicted = np.zeros(3, np.int64)
     coefficients[:] = 0
     for row in range(bottom):
         for column in range(right if row == bottom - 1 and bottom < down else across):
-            if info[_RESTART] and until_restart == 0:
-                if not missing <= count < missing + 8 or at + 2 > len(data) or data[at] != 0xFF or data[at + 1] >> 3 != 0xD0 >> 3:
-                    return False
-                at, bits, count, missing, until_restart = at + 2, _ZERO, 0, 0, info[_RESTART]
-                predicted[:] = 0
-            until_restart -= 1
+            if restart:
+                if until_restart == 0:
+                    used = 8 * (at - start) - np.int64(count)
+                    if not 8 * (size - 1) < used <= 8 * size or marker + 2 > len(data) or data[marker + 1] >> 3 != 0xD0 >> 3:
+                        return False
+                    marker, size = _unstuff(data, marker + 2, clean)
+                    at, bits, count, until_restart = start, _U0, _U0, restart
+                    predicted[:] = 0
+                until_restart -= 1
             wanted = row >= top and left <= column < right
             for c in range(components):
                 h, v = (info[_H], info[_V]) if c == 0 else (1, 1)
-                dc, ac = tables[info[_DC_OF + c]], tables[2 + info[_AC_OF + c]]
+                dc = _address(tables) + 4 * _TABLE * info[_DC_OF + c]
+                ac = _address(tables) + 4 * _TABLE * (2 + info[_AC_OF + c])
+                q = _address(quant) + 4 * 64 * info[_QUANT_OF + c]
                 for block in range(h * v):
-                    into, lane = (coefficients, lanes) if wanted else (trash, 0)
-                    at, bits, count, missing, predicted[c], k = _decode_block(
-                        data, at, bits, count, missing, dc, ac, quant[info[_QUANT_OF + c]], predicted[c], into, lane
-                    )
-                    if k > 64:
+                    lane = first_lane + 2 * lanes if wanted else trash
+                    at, bits, count, predicted[c], fine = _decode_block(at, bits, count, dc, ac, q, predicted[c], natural, lane)
+                    if not fine or at > start + size + 8:
                         return False
                     if wanted:
                         x, y = (column - left) * h + block % h, (row - top) * v + block // h
@@ -329,13 +381,14 @@ def _decode_scan(data, info, quant, tables, region, origin, stride, planes, tile
                         if lanes == LANES:
                             _transform(coefficients, work, samples, words)
                             _scatter(words, targets, strides, planes, lanes)
-                            coefficients[:] = 0
+                            coefficients[: 64 * LANES] = 0
                             lanes = 0
     _transform(coefficients, work, samples, words)
     _scatter(words, targets, strides, planes, lanes)
-    if missing > count:
+    used = 8 * (at - start) - np.int64(count)
+    if used > 8 * size:
         return False
-    return bottom < down or (count < missing + 8 and at + 2 <= len(data) and data[at] == 0xFF and data[at + 1] == 0xD9)
+    return bottom < down or (used > 8 * (size - 1) and marker + 2 <= len(data) and data[marker + 1] == 0xD9)
 
 
 # ---- inverse DCT ------------------------------------------------------------------------------------------------------------------
@@ -369,7 +422,7 @@ def _clamped(x):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True)
 def _transform(coefficients, work, samples, words):  # type: ignore[no-untyped-def]
     """LANES blocks of coefficients [row, column, lane] to columns of eight samples: words [column, lane]."""
-    x, w = coefficients.reshape(8, 8, LANES), work.reshape(8, 8, LANES)
+    x, w = coefficients[: 64 * LANES].reshape(8, 8, LANES), work.reshape(8, 8, LANES)
     for c in range(8):
         for n in range(LANES):
             w[0, c, n], w[1, c, n], w[2, c, n], w[3, c, n], w[4, c, n], w[5, c, n], w[6, c, n], w[7, c, n] = _idct_8(
@@ -477,7 +530,9 @@ def decode_box(data, height, width, box, rgb, space):  # type: ignore[no-untyped
 
     data is the whole JPEG file, height and width what it has to be. `space` comes from `workspace`.
     """
-    info, quant, tables, known, planes, tile, blend, up = space
+    info, quant, tables, known, places, planes, tile, blend, up, clean = space
+    if len(data) + MARGIN > len(clean):
+        return DECLINED
     if not _read_header(data, info, quant, tables, known) or info[_HEIGHT] != height or info[_WIDTH] != width:
         return DECLINED
     left, top, right, bottom = box
@@ -492,29 +547,30 @@ def decode_box(data, height, width, box, rgb, space):  # type: ignore[no-untyped
         h, v = (info[_H], info[_V]) if c == 0 else (1, 1)
         origin[c], stride[c] = used, (region[3] - region[1]) * v
         used += (region[2] - region[0]) * 8 * h * stride[c]
-    if used > len(planes) or not _decode_scan(data, info, quant, tables, region, origin, stride, planes, tile):
+    if used > len(planes) or not _decode_scan(data, info, quant, tables, places, region, origin, stride, planes, tile, clean):
         return DECLINED
     _colour(planes.view(np.uint8), info, origin, stride, (region[0] * wide, region[1] * tall), box, rgb, blend, up)
     return OK
 
 
-def workspace(pixels: int, longest_px: int) -> tuple[Any, ...]:
-    """Memory for one thread's `decode_box` of boxes of up to `pixels` pixels and `longest_px` on a side."""
+def workspace(pixels: int, longest_px: int, payload_bytes: int) -> tuple[Any, ...]:
+    """Memory for one thread's `decode_box` of boxes of up to `pixels` pixels and `longest_px` on a side, from files of `payload_bytes`."""
     tile = (
-        np.empty(64 * LANES, np.int16), np.empty(64 * LANES, np.int32), np.empty(64 * LANES, np.uint8), np.empty((8, LANES), np.uint64),
-        np.empty(LANES, np.int64), np.empty(LANES, np.int64), np.empty(64 * LANES, np.int16),
+        np.empty(2 * 64 * LANES, np.int16), np.empty(64 * LANES, np.int32), np.empty(64 * LANES, np.uint8), np.empty((8, LANES), np.uint64),
+        np.empty(LANES, np.int64), np.empty(LANES, np.int64),
     )  # fmt: skip
     words = 3 * (pixels + 34 * 2 * longest_px + 34 * 34) // 8  # boxes grow by a margin and to whole MCUs
     return (
-        np.zeros(_INFO, np.int64), np.zeros((4, 64), np.int64), np.zeros((4, _TABLE), np.int32), np.zeros((4, 280), np.int64),
+        np.zeros(_INFO, np.int64), np.zeros((4, 64), np.int32), np.zeros((4, _TABLE), np.int32), np.zeros((4, 280), np.int64), _PLACE,
         np.empty(words, np.uint64), tile, np.empty(longest_px + 64, np.int16), np.empty((2, longest_px + 64), np.int16),
+        np.empty(payload_bytes + MARGIN + 8, np.uint8),
     )  # fmt: skip
 
 
 def decode(payload: UInt8[np.ndarray, " n"], height: int, width: int, out: UInt8[np.ndarray, "h w 3"]) -> bool:
     """Decodes a whole JPEG into out, as Pillow would; False, and out undefined, for one that is damaged or of a kind left to Pillow."""
     rgb = np.empty((3, width, height), np.uint8)
-    if decode_box(payload, height, width, (0, 0, width, height), rgb, workspace(height * width, max(height, width))) != OK:
+    if decode_box(payload, height, width, (0, 0, width, height), rgb, workspace(height * width, max(height, width), payload.size)) != OK:
         return False
     out[:] = rgb.transpose(2, 1, 0)
     return True
