@@ -16,11 +16,12 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
+
+from cossl.pipelines.simd import address, kernel, read_8, read_32, read_word_big_endian, write_16, write_word, write_word_big_endian
 
 LANES = 32  # blocks transformed at a time
+ROWS = 32  # pixels of a column coloured at a time: the stride of decoded columns is a multiple of it
 _LOOK = 10  # bits that one table look-up sees
 # A table entry, 0 where there is no code: bits of code and value together (6), bits of the code (5), of the value (4), run before it (8).
 _SIZE_AT, _RUN_AT, _LENGTH_AT = 11, 15, 6
@@ -46,50 +47,6 @@ _PLACE = 2 * LANES * np.array(
 _LOOKUP = 1 << _LOOK
 _MAXCODE, _OFFSET, _SYMBOLS = _LOOKUP, _LOOKUP + 18, _LOOKUP + 36
 _TABLE = _LOOKUP + 36 + 256
-
-
-# Inner loops read and write through addresses: an array handed to a function in numba costs two atomic operations a call, which were more
-# than half of the time of a block. Whoever passes an address keeps the array and its bounds.
-
-
-@intrinsic
-def _address(typing_context, array):  # type: ignore[no-untyped-def]
-    """Where the array's first element lies."""
-
-    def build(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        return builder.ptrtoint(context.make_array(signature.args[0])(context, builder, arguments[0]).data, ir.IntType(64))
-
-    return types.int64(array), build
-
-
-def _access(bits, returns, swapped=False):  # type: ignore[no-untyped-def]
-    """An intrinsic that reads a number of so many bits at an address, or with `returns` None writes it; `swapped`: big-endian."""
-
-    def place(builder, address):  # type: ignore[no-untyped-def]
-        return builder.inttoptr(address, ir.IntType(bits).as_pointer())
-
-    @intrinsic
-    def read(typing_context, address):  # type: ignore[no-untyped-def]
-        def build(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-            word = builder.load(place(builder, arguments[0]), align=1)
-            return builder.bswap(word) if swapped else word
-
-        return returns(types.int64), build
-
-    @intrinsic
-    def write(typing_context, address, value):  # type: ignore[no-untyped-def]
-        def build(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-            word = builder.trunc(arguments[1], ir.IntType(bits)) if bits < 64 else arguments[1]
-            builder.store(builder.bswap(word) if swapped else word, place(builder, arguments[0]), align=1)
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.int64 if bits < 64 else types.uint64), build
-
-    return read if returns is not None else write
-
-
-_read_word, _write_word = _access(64, types.uint64, swapped=True), _access(64, None, swapped=True)
-_read_32, _write_16 = _access(32, types.int32), _access(16, None)
 
 
 # ---- header -----------------------------------------------------------------------------------------------------------------------
@@ -251,12 +208,12 @@ def _read_header(data, info, quant, tables, known):  # type: ignore[no-untyped-d
 @njit(cache=True, nogil=True)
 def _unstuff(data, at, clean):  # type: ignore[no-untyped-def]
     """Copies data[at:] up to the next marker, without the zeros stuffed behind each 0xFF; (where the marker is, bytes copied)."""
-    size, into, source, target = len(data), 0, _address(data), _address(clean)
+    size, into, source, target = len(data), 0, address(data), address(clean)
     while at + 1 < size:
         if at + 8 <= size:
-            word = _read_word(source + at)
+            word = read_word_big_endian(source + at)
             if ((word ^ _ALL) - _ONES) & word & _TOPS == _U0:  # no byte is 0xFF
-                _write_word(target + into, word)
+                write_word_big_endian(target + into, word)
                 at, into = at + 8, into + 8
                 continue
         for _ in range(8):
@@ -279,9 +236,9 @@ def _long_code(table, bits):  # type: ignore[no-untyped-def]
     """The entry of a code of more than _LOOK bits in the table at that address; 0 where there is none."""
     for length in range(_LOOK + 1, 17):
         code = np.int64(bits >> np.uint64(64 - length))
-        if code <= _read_32(table + 4 * (_MAXCODE + length)):
-            place = (code + _read_32(table + 4 * (_OFFSET + length))) & 255
-            return _entry(length, np.int64(_read_32(table + 4 * (_SYMBOLS + place))), True)
+        if code <= read_32(table + 4 * (_MAXCODE + length)):
+            place = (code + read_32(table + 4 * (_OFFSET + length))) & 255
+            return _entry(length, np.int64(read_32(table + 4 * (_SYMBOLS + place))), True)
     return 0
 
 
@@ -303,23 +260,23 @@ def _decode_block(at, bits, count, dc, ac, quant, predicted, places, lane):  # t
     56: a code and its value have 31 at most.
     """
     fine = True
-    bits |= _read_word(at) >> count
+    bits |= read_word_big_endian(at) >> count
     at += np.int64((_U63 - count) >> _THREE)
     count |= _U56
-    entry = np.uint64(_read_32(dc + np.int64((bits >> _LOOK_SHIFT) << _TWO)))
+    entry = np.uint64(read_32(dc + np.int64((bits >> _LOOK_SHIFT) << _TWO)))
     if entry == _U0:
         entry = np.uint64(_long_code(dc, bits))
         fine = entry != _U0
     predicted += _value(entry, bits)
     bits <<= entry & _SIX_BITS
     count -= entry & _SIX_BITS
-    _write_16(lane, predicted * _read_32(quant))
+    write_16(lane, predicted * read_32(quant))
     k = 1
     while k < 64:
-        bits |= _read_word(at) >> count
+        bits |= read_word_big_endian(at) >> count
         at += np.int64((_U63 - count) >> _THREE)
         count |= _U56
-        entry = np.uint64(_read_32(ac + np.int64((bits >> _LOOK_SHIFT) << _TWO)))
+        entry = np.uint64(read_32(ac + np.int64((bits >> _LOOK_SHIFT) << _TWO)))
         if entry == _U0:
             entry = np.uint64(_long_code(ac, bits))
             if entry == _U0:
@@ -332,23 +289,23 @@ def _decode_block(at, bits, count, dc, ac, quant, predicted, places, lane):  # t
         if k > 63:
             fine &= k >= _END_OF_BLOCK
             break
-        _write_16(lane + _read_32(places + 4 * k), value * _read_32(quant + 4 * k))
+        write_16(lane + read_32(places + 4 * k), value * read_32(quant + 4 * k))
         k += 1
     return at, bits, count, predicted, fine
 
 
 @njit(cache=True, nogil=True)
-def _decode_scan(data, info, quant, tables, places, region, origin, stride, planes, tile, clean):  # type: ignore[no-untyped-def]
-    """The samples of MCUs region = (left, top, right, bottom) into `planes`, words of eight samples of a column.
+def _decode_scan(data, info, quant, tables, places, region, origin, step, tile, clean):  # type: ignore[no-untyped-def]
+    """The samples of MCUs region = (left, top, right, bottom), column by column.
 
-    Component c starts at word origin[c], its columns are stride[c] words apart. False where the data are damaged.
+    Component c starts at address origin[c], its columns are step[c] bytes apart. False where the data are damaged.
     """
-    coefficients, work, samples, words, targets, strides = tile
+    coefficients, words, targets, steps = tile
     left, top, right, bottom = region
     across, down = -(-info[_WIDTH] // (8 * info[_H])), -(-info[_HEIGHT] // (8 * info[_V]))
     restart, until_restart, lanes, components = info[_RESTART], info[_RESTART], 0, info[_COMPONENTS]
     marker, size = _unstuff(data, info[_SCAN], clean)
-    start, first_lane, natural = _address(clean), _address(coefficients), _address(places)
+    start, first_lane, natural = address(clean), address(coefficients), address(places)
     at, bits, count, trash = start, _U0, _U0, first_lane + 2 * 64 * LANES
     predicted = np.zeros(3, np.int64)
     coefficients[:] = 0
@@ -366,9 +323,9 @@ def _decode_scan(data, info, quant, tables, places, region, origin, stride, plan
             wanted = row >= top and left <= column < right
             for c in range(components):
                 h, v = (info[_H], info[_V]) if c == 0 else (1, 1)
-                dc = _address(tables) + 4 * _TABLE * info[_DC_OF + c]
-                ac = _address(tables) + 4 * _TABLE * (2 + info[_AC_OF + c])
-                q = _address(quant) + 4 * 64 * info[_QUANT_OF + c]
+                dc = address(tables) + 4 * _TABLE * info[_DC_OF + c]
+                ac = address(tables) + 4 * _TABLE * (2 + info[_AC_OF + c])
+                q = address(quant) + 4 * 64 * info[_QUANT_OF + c]
                 for block in range(h * v):
                     lane = first_lane + 2 * lanes if wanted else trash
                     at, bits, count, predicted[c], fine = _decode_block(at, bits, count, dc, ac, q, predicted[c], natural, lane)
@@ -376,15 +333,12 @@ def _decode_scan(data, info, quant, tables, places, region, origin, stride, plan
                         return False
                     if wanted:
                         x, y = (column - left) * h + block % h, (row - top) * v + block // h
-                        targets[lanes], strides[lanes] = origin[c] + 8 * x * stride[c] + y, stride[c]
+                        targets[lanes], steps[lanes] = origin[c] + 8 * (x * step[c] + y), step[c]
                         lanes += 1
                         if lanes == LANES:
-                            _transform(coefficients, work, samples, words)
-                            _scatter(words, targets, strides, planes, lanes)
-                            coefficients[: 64 * LANES] = 0
+                            _flush(coefficients, words, targets, steps, lanes)
                             lanes = 0
-    _transform(coefficients, work, samples, words)
-    _scatter(words, targets, strides, planes, lanes)
+    _flush(coefficients, words, targets, steps, lanes)
     used = 8 * (at - start) - np.int64(count)
     if used > 8 * size:
         return False
@@ -394,145 +348,135 @@ def _decode_scan(data, info, quant, tables, places, region, origin, stride, plan
 # ---- inverse DCT ------------------------------------------------------------------------------------------------------------------
 
 
-@njit(inline="always")
-def _idct_8(a, b, c, d, e, f, g, h, shift):  # type: ignore[no-untyped-def]
+def _idct_8(a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, shift: int) -> list[Any]:
     """Eight samples from eight coefficients, scaled up by 2 to the power of (13 - shift): libjpeg's jidctint.c, constants in 13 bits."""
-    i = np.int32  # numba's integers grow to 64 bits at every step; vectors of 32 bits hold twice as many
-    half = i(1 << (shift - 1))
-    z = i(i(c + g) * i(4433))
-    even_2, even_3 = i(z - i(g * i(15137))), i(z + i(c * i(6270)))
-    even_0, even_1 = i(i(i(a + e) << 13) + half), i(i(i(a - e) << 13) + half)
-    s_0, s_3, s_1, s_2 = i(even_0 + even_3), i(even_0 - even_3), i(even_1 + even_2), i(even_1 - even_2)
-    z_1, z_2, z_3, z_4 = i(i(h + b) * i(-7373)), i(i(f + d) * i(-20995)), i(h + d), i(f + b)
-    z_5 = i(i(z_3 + z_4) * i(9633))
-    z_3, z_4 = i(i(z_3 * i(-16069)) + z_5), i(i(z_4 * i(-3196)) + z_5)
-    t_0, t_1 = i(i(i(h * i(2446)) + z_1) + z_3), i(i(i(f * i(16819)) + z_2) + z_4)
-    t_2, t_3 = i(i(i(d * i(25172)) + z_2) + z_3), i(i(i(b * i(12299)) + z_1) + z_4)
-    return (
-        i(s_0 + t_3) >> shift, i(s_1 + t_2) >> shift, i(s_2 + t_1) >> shift, i(s_3 + t_0) >> shift,
-        i(s_3 - t_0) >> shift, i(s_2 - t_1) >> shift, i(s_1 - t_2) >> shift, i(s_0 - t_3) >> shift,
-    )  # fmt: skip
+    z = (c + g) * 4433
+    even_2, even_3 = z - g * 15137, z + c * 6270
+    even_0, even_1 = ((a + e) << 13) + (1 << (shift - 1)), ((a - e) << 13) + (1 << (shift - 1))
+    s_0, s_3, s_1, s_2 = even_0 + even_3, even_0 - even_3, even_1 + even_2, even_1 - even_2
+    z_1, z_2, z_3, z_4 = (h + b) * -7373, (f + d) * -20995, h + d, f + b
+    z_5 = (z_3 + z_4) * 9633
+    z_3, z_4 = z_3 * -16069 + z_5, z_4 * -3196 + z_5
+    t_0, t_1 = h * 2446 + z_1 + z_3, f * 16819 + z_2 + z_4
+    t_2, t_3 = d * 25172 + z_2 + z_3, b * 12299 + z_1 + z_4
+    upper, lower = (s_0 + t_3, s_1 + t_2, s_2 + t_1, s_3 + t_0), (s_3 - t_0, s_2 - t_1, s_1 - t_2, s_0 - t_3)
+    return [sample >> shift for sample in (*upper, *lower)]
 
 
-@njit(inline="always")
-def _clamped(x):  # type: ignore[no-untyped-def]
-    return np.uint8(min(max(np.int32(np.int32(x) + np.int32(128)), np.int32(0)), np.int32(255)))
+@kernel(16)
+def _transform_16(v, coefficients, words):  # type: ignore[no-untyped-def]
+    """16 blocks from coefficients [row, column, lane] to words [column, lane], each the eight samples of a column, top one lowest."""
+    blocks = [[v.load(v.offset(coefficients, 2 * LANES * (8 * row + column)), 16, signed=True) for row in range(8)] for column in range(8)]
+    columns = [_idct_8(*block, shift=11) for block in blocks]
+    rows = [_idct_8(*(columns[c][row] for c in range(8)), shift=18) for row in range(8)]
+    for c in range(8):
+        low, high = (
+            [(rows[row][c] + 128).clamp(0, 255) << 8 * (row % 4) for row in part] for part in (range(4), range(4, 8))
+        )  # fmt: skip
+        low, high = low[0] | low[1] | low[2] | low[3], high[0] | high[1] | high[2] | high[3]
+        v.store(low.widen(64) | (high.widen(64) << 32), v.offset(words, 8 * LANES * c), 64)
 
 
 @njit(cache=True, nogil=True)
-def _transform(coefficients, work, samples, words):  # type: ignore[no-untyped-def]
-    """LANES blocks of coefficients [row, column, lane] to columns of eight samples: words [column, lane]."""
-    x, w = coefficients[: 64 * LANES].reshape(8, 8, LANES), work.reshape(8, 8, LANES)
-    for c in range(8):
-        for n in range(LANES):
-            w[0, c, n], w[1, c, n], w[2, c, n], w[3, c, n], w[4, c, n], w[5, c, n], w[6, c, n], w[7, c, n] = _idct_8(
-                np.int32(x[0, c, n]), np.int32(x[1, c, n]), np.int32(x[2, c, n]), np.int32(x[3, c, n]),
-                np.int32(x[4, c, n]), np.int32(x[5, c, n]), np.int32(x[6, c, n]), np.int32(x[7, c, n]), 11,
-            )  # fmt: skip
-    s = samples.reshape(8, 8, LANES)
-    for r in range(8):
-        for n in range(LANES):
-            a, b, c, d, e, f, g, h = _idct_8(
-                w[r, 0, n], w[r, 1, n], w[r, 2, n], w[r, 3, n], w[r, 4, n], w[r, 5, n], w[r, 6, n], w[r, 7, n], 18
-            )
-            s[0, r, n], s[1, r, n], s[2, r, n], s[3, r, n] = _clamped(a), _clamped(b), _clamped(c), _clamped(d)
-            s[4, r, n], s[5, r, n], s[6, r, n], s[7, r, n] = _clamped(e), _clamped(f), _clamped(g), _clamped(h)
-    for c in range(8):
-        for n in range(LANES):
-            word = np.uint64(s[c, 0, n])
-            for i in range(1, 8):
-                word |= np.uint64(s[c, i, n]) << np.uint64(8 * i)
-            words[c, n] = word
-
-
-@njit(cache=True, nogil=True)
-def _scatter(words, targets, strides, planes, lanes):  # type: ignore[no-untyped-def]
-    for n in range(lanes):
+def _flush(coefficients, words, targets, steps, lanes):  # type: ignore[no-untyped-def]
+    """Transforms the blocks gathered in `coefficients`, puts them into the planes, and clears their place."""
+    for lane in range(0, lanes, 16):
+        _transform_16(address(coefficients) + 2 * lane, address(words) + 8 * lane)
+    for lane in range(lanes):
+        target, step = targets[lane], steps[lane]
         for c in range(8):
-            planes[targets[n] + c * strides[n]] = words[c, n]
+            write_word(target + c * step, words[c * LANES + lane])
+    coefficients[: 64 * LANES] = 0
 
 
 # ---- chroma and colour ------------------------------------------------------------------------------------------------------------
 
+# libjpeg's triangle filter gives the near sample 3/4 and the far one 1/4 in each direction; a direction without subsampling has both the
+# same, so that one formula in sixteenths serves all. The roundings are libjpeg's, unequal for the two halves of a pair.
+
+
+@kernel(ROWS)
+def _across(v, near, far, blend):  # type: ignore[no-untyped-def]
+    v.store(v.load(near, 8, 16) * 3 + v.load(far, 8, 16), blend, 16)
+
+
+@kernel(ROWS)
+def _level(v, blend, out, rounding):  # type: ignore[no-untyped-def]
+    v.store((v.load(blend, 16, 16) + v.splat(rounding, 16)) >> 2, out, 16)
+
+
+@kernel(ROWS)
+def _down(v, blend, out, upper, lower):  # type: ignore[no-untyped-def]
+    near = v.load(blend, 16, 16) * 3
+    above, below = v.load(v.offset(blend, -2), 16, 16), v.load(v.offset(blend, 2), 16, 16)
+    v.store(v.interleave((near + above + v.splat(upper, 16)) >> 4, (near + below + v.splat(lower, 16)) >> 4), out, 16)
+
+
+@kernel(ROWS)
+def _to_rgb(v, luma, cb, cr, red, green, blue):  # type: ignore[no-untyped-def]
+    """JFIF's coefficients in 16 bits."""
+    y, u, w = v.load(luma, 8), v.load(cb, 16) - 128, v.load(cr, 16) - 128
+    v.store((y + ((w * 91881 + 32768) >> 16)).clamp(0, 255), red, 8)
+    v.store((y + ((u * -22554 + w * -46802 + 32768) >> 16)).clamp(0, 255), green, 8)
+    v.store((y + ((u * 116130 + 32768) >> 16)).clamp(0, 255), blue, 8)
+
 
 @njit(cache=True, nogil=True)
 def _upsample(near, far, h, v, odd, low, last, rows, blend, out):  # type: ignore[no-untyped-def]
-    """One column of chroma at full resolution: v rows of out for each of the chroma rows low .. low + rows - 1.
+    """One column of chroma at full resolution at `out`: v rows for each of the chroma rows low .. low + rows - 1.
 
-    libjpeg's triangle filter, 3/4 of the near sample and 1/4 of the far one; at the picture's edge the near one stands for both.
-    `far` is the neighbouring column, `last` the picture's last chroma row. libjpeg rounds the two halves of a pair differently
-    (`odd` columns, lower rows), so that no drift adds up.
+    near and far are the addresses of the column and its neighbour, `last` is the picture's last chroma row, from which on all are equal.
     """
-    a, b = np.int16(3 if h == 2 else 1), np.int16(1 if h == 2 else 0)
-    for y in range(rows):
-        blend[1 + y] = a * np.int16(near[low + y]) + b * np.int16(far[low + y])
+    start = address(blend)
+    for y in range(0, rows, ROWS):
+        _across(near + low + y, far + low + y, start + 2 * (1 + y))
     first, after = max(low - 1, 0), min(low + rows, last)
-    blend[0], blend[rows + 1] = a * near[first] + b * far[first], a * near[after] + b * far[after]
+    blend[0] = 3 * read_8(near + first) + read_8(far + first)
+    blend[rows + 1] = 3 * read_8(near + after) + read_8(far + after)
     if v == 1:
-        shift, bias = (2, np.int32(2 if odd else 1)) if h == 2 else (0, np.int32(0))
-        for y in range(rows):
-            out[y] = np.int32(np.int32(blend[1 + y]) + bias) >> shift
+        for y in range(0, rows, ROWS):
+            _level(start + 2 * (1 + y), out + 2 * y, 0 if h == 1 else 2 if odd else 1)
         return
-    shift, above, below = 2, np.int32(1), np.int32(2)
-    if h == 2:
-        shift, above = 4, np.int32(7 if odd else 8)
-        below = above
-    for y in range(rows):
-        c = np.int32(np.int32(3) * np.int32(blend[1 + y]))
-        out[2 * y] = np.int32(np.int32(c + np.int32(blend[y])) + above) >> shift
-        out[2 * y + 1] = np.int32(np.int32(c + np.int32(blend[2 + y])) + below) >> shift
-
-
-@njit(inline="always")
-def _byte(x):  # type: ignore[no-untyped-def]
-    return np.uint8(min(max(x, np.int32(0)), np.int32(255)))
+    upper, lower = (4, 8) if h == 1 else (7, 7) if odd else (8, 8)
+    for y in range(0, rows, ROWS):
+        _down(start + 2 * (1 + y), out + 4 * y, upper, lower)
 
 
 @njit(cache=True, nogil=True)
-def _to_rgb(luma, cb, cr, red, green, blue):  # type: ignore[no-untyped-def]
-    """One column from YCbCr to RGB, JFIF's coefficients in 16 bits."""
-    i = np.int32
-    for y in range(len(red)):
-        base, u, w = i(luma[y]), i(i(cb[y]) - i(128)), i(i(cr[y]) - i(128))
-        red[y] = _byte(i(base + (i(i(w * i(91881)) + i(32768)) >> 16)))
-        green[y] = _byte(i(base + (i(i(i(u * i(-22554)) + i(w * i(-46802))) + i(32768)) >> 16)))
-        blue[y] = _byte(i(base + (i(i(u * i(116130)) + i(32768)) >> 16)))
+def _colour(planes, info, origin, step, corner, box, rgb, stride, blend, up):  # type: ignore[no-untyped-def]
+    """rgb [3, x, stride] of box = (left, top, right, bottom) from planes whose first sample is the picture's (x, y) = corner.
 
-
-@njit(cache=True, nogil=True)
-def _colour(planes, info, origin, stride, corner, box, rgb, blend, up):  # type: ignore[no-untyped-def]
-    """rgb [3, x, y] of box = (left, top, right, bottom) from decoded planes whose first sample is the picture's (x, y) = corner."""
+    Component c starts at address origin[c], its columns are step[c] bytes apart.
+    """
     left, top, right, bottom = box
-    h, v, height = info[_H], info[_V], bottom - top
-    start, step = 8 * origin, 8 * stride  # in bytes
-    low = top // v - corner[1] // v
-    rows = (bottom - 1) // v - top // v + 1
+    h, v, height, width = info[_H], info[_V], bottom - top, right - left
+    low, rows = top // v - corner[1] // v, (bottom - 1) // v - top // v + 1
     last, widest = (info[_HEIGHT] - 1) // v - corner[1] // v, (info[_WIDTH] - 1) // h
-    skip = top % v
+    cb, cr = address(up), address(up) + 2 * up.shape[1]
+    if info[_COMPONENTS] == 1:
+        up[:, : height + ROWS] = 128
     for x in range(left, right):
-        begin = start[0] + (x - corner[0]) * step[0] + top - corner[1]
-        luma = planes[begin : begin + height]
-        red, green, blue = rgb[0, x - left, :height], rgb[1, x - left, :height], rgb[2, x - left, :height]
-        if info[_COMPONENTS] == 1:
-            red[:], green[:], blue[:] = luma, luma, luma
-            continue
-        for c in range(1, 3):
+        if info[_COMPONENTS] == 3:
             near = x // h
             far = min(max(near + 2 * (x % h) - 1, 0), widest) if h == 2 else near
-            near, far = start[c] + (near - corner[0] // h) * step[c], start[c] + (far - corner[0] // h) * step[c]
-            _upsample(planes[near : near + step[c]], planes[far : far + step[c]], h, v, x % h == 1, low, last, rows, blend, up[c - 1])
-        _to_rgb(luma, up[0, skip : skip + height], up[1, skip : skip + height], red, green, blue)
+            near, far = near - corner[0] // h, far - corner[0] // h
+            _upsample(origin[1] + near * step[1], origin[1] + far * step[1], h, v, x % h == 1, low, last, rows, blend, cb)
+            _upsample(origin[2] + near * step[2], origin[2] + far * step[2], h, v, x % h == 1, low, last, rows, blend, cr)
+        luma, skip = origin[0] + (x - corner[0]) * step[0] + top - corner[1], 2 * (top % v)
+        red = address(rgb) + (x - left) * stride
+        green, blue = red + width * stride, red + 2 * width * stride
+        for y in range(0, height, ROWS):
+            _to_rgb(luma + y, cb + skip + 2 * y, cr + skip + 2 * y, red + y, green + y, blue + y)
 
 
 @njit(cache=True, nogil=True)
 def decode_box(data, height, width, box, rgb, space):  # type: ignore[no-untyped-def]
-    """Fills rgb [3, x, y] with the pixels of box = (left, top, right, bottom), Pillow's own, and returns OK; or returns DECLINED.
+    """Fills rgb [3, x, stride] with the pixels of box = (left, top, right, bottom), Pillow's own, and returns OK; or returns DECLINED.
 
-    data is the whole JPEG file, height and width what it has to be. `space` comes from `workspace`.
+    data is the whole JPEG file, height and width what it has to be. rgb is flat memory of 3 * box width * `stride_of(box height)` bytes.
+    `space` comes from `workspace`.
     """
     info, quant, tables, known, places, planes, tile, blend, up, clean = space
-    if len(data) + MARGIN > len(clean):
-        return DECLINED
     if not _read_header(data, info, quant, tables, known) or info[_HEIGHT] != height or info[_WIDTH] != width:
         return DECLINED
     left, top, right, bottom = box
@@ -541,36 +485,42 @@ def decode_box(data, height, width, box, rgb, space):  # type: ignore[no-untyped
     region = (
         max(left - 1, 0) // wide, max(top - 1, 0) // tall, min(right // wide + 1, across), min(bottom // tall + 1, down)
     )  # fmt: skip
-    origin, stride = np.zeros(3, np.int64), np.zeros(3, np.int64)
+    origin, step = np.zeros(3, np.int64), np.zeros(3, np.int64)
     used = 0
     for c in range(info[_COMPONENTS]):
         h, v = (info[_H], info[_V]) if c == 0 else (1, 1)
-        origin[c], stride[c] = used, (region[3] - region[1]) * v
-        used += (region[2] - region[0]) * 8 * h * stride[c]
-    if used > len(planes) or not _decode_scan(data, info, quant, tables, places, region, origin, stride, planes, tile, clean):
+        origin[c], step[c] = address(planes) + used, 8 * (region[3] - region[1]) * v
+        used += (region[2] - region[0]) * 8 * h * step[c]
+    stride = stride_of(bottom - top)
+    if used + 2 * ROWS > len(planes) or len(data) + MARGIN > len(clean) or 3 * (right - left) * stride > len(rgb):
         return DECLINED
-    _colour(planes.view(np.uint8), info, origin, stride, (region[0] * wide, region[1] * tall), box, rgb, blend, up)
+    if not _decode_scan(data, info, quant, tables, places, region, origin, step, tile, clean):
+        return DECLINED
+    _colour(planes, info, origin, step, (region[0] * wide, region[1] * tall), box, rgb, stride, blend, up)
     return OK
 
 
+@njit(cache=True, nogil=True)
+def stride_of(height):  # type: ignore[no-untyped-def]
+    """Bytes from one column to the next in what `decode_box` fills."""
+    return -(-height // ROWS) * ROWS
+
+
 def workspace(pixels: int, longest_px: int, payload_bytes: int) -> tuple[Any, ...]:
-    """Memory for one thread's `decode_box` of boxes of up to `pixels` pixels and `longest_px` on a side, from files of `payload_bytes`."""
-    tile = (
-        np.empty(2 * 64 * LANES, np.int16), np.empty(64 * LANES, np.int32), np.empty(64 * LANES, np.uint8), np.empty((8, LANES), np.uint64),
-        np.empty(LANES, np.int64), np.empty(LANES, np.int64),
-    )  # fmt: skip
-    words = 3 * (pixels + 34 * 2 * longest_px + 34 * 34) // 8  # boxes grow by a margin and to whole MCUs
-    return (
-        np.zeros(_INFO, np.int64), np.zeros((4, 64), np.int32), np.zeros((4, _TABLE), np.int32), np.zeros((4, 280), np.int64), _PLACE,
-        np.empty(words, np.uint64), tile, np.empty(longest_px + 64, np.int16), np.empty((2, longest_px + 64), np.int16),
-        np.empty(payload_bytes + MARGIN + 8, np.uint8),
-    )  # fmt: skip
+    """Memory for one thread's `decode_box`, of pictures of so many pixels, so long a side and files of so many bytes at the most."""
+    tile = np.zeros(2 * 64 * LANES, np.int16), np.empty(8 * LANES, np.uint64), np.empty(LANES, np.int64), np.empty(LANES, np.int64)
+    planes = np.empty(3 * (pixels + 2 * 16 * longest_px + 16 * 16) + 2 * ROWS, np.uint8)  # up to whole MCUs
+    tables = np.zeros((4, 64), np.int32), np.zeros((4, _TABLE), np.int32), np.zeros((4, 280), np.int64), _PLACE
+    line = longest_px + 4 * ROWS
+    lines = np.empty(line, np.int16), np.empty((2, line), np.int16), np.empty(payload_bytes + MARGIN + 8, np.uint8)
+    return (np.zeros(_INFO, np.int64), *tables, planes, tile, *lines)
 
 
 def decode(payload: UInt8[np.ndarray, " n"], height: int, width: int, out: UInt8[np.ndarray, "h w 3"]) -> bool:
     """Decodes a whole JPEG into out, as Pillow would; False, and out undefined, for one that is damaged or of a kind left to Pillow."""
-    rgb = np.empty((3, width, height), np.uint8)
+    stride = stride_of(height)
+    rgb = np.empty(3 * width * stride, np.uint8)
     if decode_box(payload, height, width, (0, 0, width, height), rgb, workspace(height * width, max(height, width), payload.size)) != OK:
         return False
-    out[:] = rgb.transpose(2, 1, 0)
+    out[:] = rgb.reshape(3, width, stride)[:, :, :height].transpose(2, 1, 0)
     return True
