@@ -1,7 +1,7 @@
 """Betons, ffcv's one-file data sets: read with plain numpy, and proved whole.
 
-`convert.py` makes them. The manifest beside a beton (`<beton>.json`) holds its options, class names, the pictures left out, and a SHA-256
-per 64 MiB of the beton.
+`convert.py` makes them. The manifest beside a beton (`<beton>.json`) holds its source, options, class names, the pictures left out, and the
+SHA-256 of every stretch of the beton.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import json
 import mmap
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -31,9 +32,8 @@ ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 FIELD_TYPES = {0: np.dtype("<f8"), 1: np.dtype("<i8"), 2: IMAGE}  # float, int, image: the ones that need no second allocation
 
-CHUNK_BYTES = 1 << 26
 JPG, RAW = 0, 1  # the image field's `mode`
-MANIFEST_FORMAT = "cossl beton manifest 1"
+MANIFEST_FORMAT = "cossl beton manifest 2"
 
 
 class Row(NamedTuple):
@@ -43,7 +43,6 @@ class Row(NamedTuple):
     height: int
     width: int
     payload: NDArray[np.uint8]
-    label: int
     stored: str
 
 
@@ -89,7 +88,7 @@ class Beton:
         table, end = self._metadata(int(header["num_fields"]), n, size)
         self.modes, self.labels = np.ascontiguousarray(table[0]["mode"]), np.ascontiguousarray(table[1])
         self.heights, self.widths = table[0]["height"].astype(np.int64), table[0]["width"].astype(np.int64)
-        self._starts = table[0]["data_ptr"].astype(np.int64)
+        self.starts = table[0]["data_ptr"].astype(np.int64)
         self.sizes = self._allocations(int(header["alloc_table_ptr"]), n, size, end)
 
     def __len__(self) -> int:
@@ -103,7 +102,7 @@ class Beton:
 
     def payload(self, i: int) -> NDArray[np.uint8]:
         """The JPEG file or the raw pixels (height * width * 3) of row i, without a copy; any page may have to come from disk."""
-        return self._bytes[self._starts[i] : self._starts[i] + self.sizes[i]]
+        return self._bytes[self.starts[i] : self.starts[i] + self.sizes[i]]
 
     def open(self, i: int) -> Image.Image:
         """Row i decoded by Pillow, RGB. Raises ValueError when the payload does not decode to its stated size."""
@@ -161,7 +160,7 @@ class Beton:
         if not np.array_equal(np.sort(rows), np.arange(n)):
             raise self._refused("its allocation table does not name every row once")
         inside = lengths.min() >= 1 and starts.min() >= data_from and (starts + lengths).max() <= table_at
-        if not inside or not np.array_equal(self._starts[rows], starts):
+        if not inside or not np.array_equal(self.starts[rows], starts):
             raise self._refused("a row points outside the data")
         sizes = np.empty(n, dtype=np.int64)
         sizes[rows] = lengths
@@ -174,21 +173,24 @@ class Beton:
 # ---- pictures in ------------------------------------------------------------------------------------------------------------------
 
 
-def list_image_folder(root: Path | str) -> tuple[list[Path], list[int], list[str]]:
+def list_image_folder(root: Path | str, keep: Sequence[str] | None = None) -> tuple[list[Path], list[int], list[str]]:
     """Files, labels and class names of `<root>/<class>/**/<file>`: sorted classes, sorted files, the order of torchvision's ImageFolder.
 
-    Raises FileNotFoundError or ValueError with one line for a path that is none. Every visible file counts, whatever its suffix: what is no
-    picture is for the conversion to say.
+    `keep` names the classes to take (default: all); a label is the index among those. Raises FileNotFoundError or ValueError with one line
+    for a path that is none. Every visible file counts, whatever its suffix: what is no picture is for the conversion to say.
     """
     root = Path(root)
     if not root.exists():
         raise FileNotFoundError(f"no such folder: {root}; expected {root}/<class>/<picture>")
     if not root.is_dir():
         raise ValueError(f"{root} is a file; expected a folder {root}/<class>/<picture>")
-    names = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         found = "has no class folders" if any(root.iterdir()) else "is empty"
         raise ValueError(f"{root} {found}; expected {root}/<class>/<picture>")
+    if set(names) <= {"train", "val", "valid", "test"} and any(entry.is_dir() for entry in (root / names[0]).iterdir()):
+        raise ValueError(f"{root} holds splits, not classes: {', '.join(names)}; give one of them, such as {root / names[0]}")
+    names = kept_classes(root, names, keep)
     files: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(names):
@@ -196,13 +198,22 @@ def list_image_folder(root: Path | str) -> tuple[list[Path], list[int], list[str
         for folder, _, entries in sorted(os.walk(root / name, followlinks=True)):
             files += [Path(folder, entry) for entry in sorted(entries) if not entry.startswith(".")]
         labels += [label] * (len(files) - before)
-    empty = sorted(set(range(len(names))) - set(labels))
-    if empty:
-        shown = ", ".join(names[label] for label in empty[:5]) + (", ..." if len(empty) > 5 else "")
-        raise ValueError(f"{root}: {len(empty)} class folder(s) without pictures: {shown}; fill or remove them")
-    if set(names) <= {"train", "val", "valid", "test"} and not any(entry.is_file() for entry in os.scandir(root / names[0])):
-        raise ValueError(f"{root} holds splits, not classes: {', '.join(names)}; give one of them, such as {root / names[0]}")
+    if empty := sorted(set(range(len(names))) - set(labels)):
+        raise ValueError(f"{root}: {len(empty)} class folder(s) without pictures: {some(names[i] for i in empty)}; fill or remove them")
     return files, labels, names
+
+
+def kept_classes(root: Path, found: Sequence[str], keep: Sequence[str] | None) -> list[str]:
+    """The classes of `keep`, sorted, or all that were found. Raises ValueError naming those that root lacks."""
+    if missing := sorted(set(keep or ()) - set(found)):
+        raise ValueError(f"{root} lacks {len(missing)} of the {len(set(keep or ()))} classes asked for: {some(missing)}")
+    return sorted(found if keep is None else set(keep))
+
+
+def some(names: Iterable[str]) -> str:
+    """The first five, for a message."""
+    names = list(names)
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 # ---- proof ------------------------------------------------------------------------------------------------------------------------
@@ -213,21 +224,24 @@ def manifest_digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def chunk_digests(path: Path, num_threads: int, progress: Callable[[int], None] = lambda _: None) -> list[str]:
-    """SHA-256 of each CHUNK_BYTES of the file, in order; progress is told the bytes of each. hashlib drops the GIL: threads add up."""
+def digests(path: Path, start: int, ends: Sequence[int], num_threads: int, progress: Callable[[int], None] = lambda _: None) -> list[str]:
+    """SHA-256 of the file's bytes start..ends[0], ends[0]..ends[1], and so on; progress is told the bytes of each.
 
-    def digest(start: int) -> str:
-        state, left = hashlib.sha256(), CHUNK_BYTES
+    hashlib drops the GIL: threads add up.
+    """
+
+    def digest(stretch: tuple[int, int]) -> str:
+        state, (at, end) = hashlib.sha256(), stretch
         with path.open("rb") as file:
-            file.seek(start)
-            while left and (block := file.read(min(left, 1 << 20))):
+            file.seek(at)
+            while at < end and (block := file.read(min(end - at, 1 << 20))):
                 state.update(block)
-                left -= len(block)
-        progress(CHUNK_BYTES - left)
+                at += len(block)
+        progress(end - stretch[0])
         return state.hexdigest()
 
     with ThreadPoolExecutor(num_threads) as pool:
-        return list(pool.map(digest, range(0, path.stat().st_size, CHUNK_BYTES)))
+        return list(pool.map(digest, pairwise((start, *ends))))
 
 
 @dataclass(frozen=True)
@@ -240,29 +254,46 @@ class VerifyReport:
     beton_bytes: int
 
 
-def verify(path: Path | str, *, decode: int | None = 64, num_workers: int | None = None) -> VerifyReport:
+def verify(
+    path: Path | str, *, decode: int | None = 64, num_workers: int | None = None, progress: Callable[[int], None] = lambda _: None
+) -> VerifyReport:
     """Proves a beton whole against its manifest: sizes, pointers, labels, the hash of every byte, and `decode` rows (None: all) by Pillow.
 
-    Raises FileNotFoundError or ValueError with one line that names the file, what is wrong and where.
+    progress is told the bytes hashed. Raises FileNotFoundError or ValueError with one line that names the file, what is wrong and where.
     """
     path = Path(path)
-    if decode is not None and decode < 0:
-        raise ValueError(f"decode {decode} rows: give a number of rows, or `all`")
     beton = Beton(path)
+    rows = sample_rows(len(beton), decode)
     if beton.manifest is None:
         raise FileNotFoundError(f"{path} has no manifest {manifest_path(path).name} beside it to prove it whole; convert again")
     manifest, threads = beton.manifest, num_workers or len(os.sched_getaffinity(0))
-    counts = manifest["class_counts"]
+    counts, ends = manifest["class_counts"], manifest["chunk_ends"]
     in_range = beton.labels.min() >= 0 and beton.labels.max() < len(counts)
     if not in_range or np.bincount(beton.labels, minlength=len(counts)).tolist() != counts:
         raise ValueError(f"{path}: its labels are not those of its manifest; convert again with --force")
-    for i, (ours, stated) in enumerate(zip(chunk_digests(path, threads), manifest["chunk_sha256"], strict=True)):
+    _check_places(beton)
+    for i, (ours, stated) in enumerate(zip(digests(path, 0, ends, threads, progress), manifest["chunk_sha256"], strict=True)):
         if ours != stated:
-            where = f"between byte {i * CHUNK_BYTES:,} and byte {min((i + 1) * CHUNK_BYTES, manifest['beton_bytes']):,}"
+            where = f"between byte {ends[i - 1] if i else 0:,} and byte {ends[i]:,}"
             raise ValueError(f"{path} is damaged {where} (SHA-256 differs from its manifest); convert again with --force")
-    n = len(beton)
-    rows = range(n) if decode is None or decode >= n else np.unique(np.linspace(0, n - 1, decode).astype(int)).tolist()
     with ThreadPoolExecutor(threads) as pool:
         for _ in pool.map(lambda i: beton.open(i).load(), rows):
             pass
-    return VerifyReport(num_rows=n, num_classes=len(counts), num_decoded=len(rows), beton_bytes=manifest["beton_bytes"])
+    return VerifyReport(num_rows=len(beton), num_classes=len(counts), num_decoded=len(rows), beton_bytes=manifest["beton_bytes"])
+
+
+def sample_rows(n: int, count: int | None) -> list[int]:
+    """`count` of n rows, evenly spread; None means all. Raises ValueError for a negative count."""
+    if count is not None and count < 0:
+        raise ValueError(f"decode {count} rows: give a number of rows, or `all`")
+    return list(range(n)) if count is None or count >= n else np.unique(np.linspace(0, n - 1, count).astype(int)).tolist()
+
+
+def _check_places(beton: Beton) -> None:
+    """Raises ValueError when two payloads share bytes, or one lies across pages, which ffcv's Loader cannot read."""
+    order = np.argsort(beton.starts)
+    starts, ends = beton.starts[order], (beton.starts + beton.sizes)[order]
+    wrong = starts // beton.page_bytes != (ends - 1) // beton.page_bytes
+    wrong[:-1] |= ends[:-1] > starts[1:]
+    if wrong.any():
+        raise ValueError(f"{beton.path}: row {order[wrong.argmax()]} overlaps another or the end of a page; convert again with --force")

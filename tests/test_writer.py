@@ -1,0 +1,390 @@
+"""The writer: ffcv reads its files, and neither the number of workers nor a kill at any moment changes a byte."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from encoded import encoded, picture
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import cossl.pipelines.beton_writer as writer
+import cossl.pipelines.convert as conversion
+from cossl.pipelines.beton import Beton, manifest_path, verify
+from cossl.pipelines.beton_partial import Partial
+from cossl.pipelines.beton_writer import PAGE_BYTES, place, storage_order
+from cossl.pipelines.convert import FolderRows, convert
+from cossl.tools import cli
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """90 pictures in 3 classes, so 6 shards; three of them are left out."""
+    root = tmp_path_factory.mktemp("source") / "pictures"
+    for i in range(90):
+        (root / f"class{i // 30}").mkdir(parents=True, exist_ok=True)
+        (root / f"class{i // 30}" / f"{i:03}.jpg").write_bytes(encoded(picture(i, width=40 + i)) if i % 40 else b"no picture")
+    return root
+
+
+@pytest.fixture(scope="module")
+def expected(folder, tmp_path_factory) -> tuple[bytes, bytes]:
+    """Beton and manifest, as one worker writes them undisturbed."""
+    out = tmp_path_factory.mktemp("expected") / "set.beton"
+    convert(folder, out, mode="proportion", num_workers=1, progress=False)
+    assert verify(out, decode=None).num_decoded == 87
+    return out.read_bytes(), manifest_path(out).read_bytes()
+
+
+def content(out: Path) -> tuple[bytes, bytes]:
+    """What lies under the final names, which must be all there is."""
+    assert sorted(path.name for path in out.parent.iterdir()) == [out.name, manifest_path(out).name]
+    return out.read_bytes(), manifest_path(out).read_bytes()
+
+
+# ---- the format -------------------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 1 << 28), min_size=1, max_size=50), st.integers(0, 1 << 40))
+def test_a_payload_never_crosses_a_page(sizes, position):
+    page = max(PAGE_BYTES, 1 << (max(sizes) - 1).bit_length())
+    for size in sizes:
+        start = place(position, size)
+        assert start >= position
+        assert start // page == (start + size - 1) // page
+        position = start + size
+
+
+def test_small_payloads_fill_their_pages():
+    """Nothing is left free but what the next payload does not fit into."""
+    position = 5 * PAGE_BYTES
+    for size in [PAGE_BYTES // 2, PAGE_BYTES // 2, 7, PAGE_BYTES - 7, 1]:
+        assert place(position, size) == position
+        position += size
+    assert place(6 * PAGE_BYTES - 6, 7) == 6 * PAGE_BYTES
+
+
+def test_rows_are_sorted_and_payloads_are_shuffled(folder, tmp_path):
+    convert(folder, tmp_path / "set.beton", num_workers=2, progress=False)
+    beton = Beton(tmp_path / "set.beton")
+    files = [file for file in sorted(folder.glob("*/*.jpg")) if file.read_bytes() != b"no picture"]
+    assert [beton.payload(i).tobytes() for i in range(len(beton))] == [file.read_bytes() for file in files]
+    kept = [i for i in storage_order(90) if i % 40]
+    assert np.array_equal(np.argsort(beton.starts), np.searchsorted(sorted(kept), kept))
+    changes = np.count_nonzero(np.diff(beton.labels[np.argsort(beton.starts)]))
+    assert changes > 40  # of 86; sorted classes change twice
+    assert beton.manifest is not None
+    assert beton.manifest["storage_order"] == "shuffled"
+    assert storage_order(8).tolist() == [1, 2, 7, 0, 6, 3, 5, 4]  # the same with every version of numpy
+
+
+@pytest.mark.parametrize("mode", ["jpg", "raw"])
+def test_the_tables_are_ffcvs_own_to_the_byte(folder, tmp_path, mode):
+    """Header, descriptors and the type of the rows' table, against a file of ffcv's DatasetWriter with as many rows."""
+    pytest.importorskip("ffcv")
+    from cossl.pipelines.ffcv_loader import require_ffcv
+
+    require_ffcv()
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    convert(folder, tmp_path / "ours.beton", mode=mode, num_workers=1, progress=False)
+    ours = Beton(tmp_path / "ours.beton")
+    rows = [(np.asarray(ours.open(i)), int(ours.labels[i])) for i in range(len(ours))]
+    theirs = DatasetWriter(str(tmp_path / "theirs.beton"), {"image": RGBImageField(write_mode=mode), "label": IntField()}, num_workers=1)
+    theirs.from_indexed_dataset(rows)
+    a, b = (Path(tmp_path / f"{name}.beton").read_bytes() for name in ("ours", "theirs"))
+    table_at = 24 + 2 * 1041
+    assert a[:16] == b[:16]  # all of the header but the place of the last table
+    assert a[24:table_at] == b[24:table_at]
+    table = [np.frombuffer(data, writer.ROW, len(rows), table_at) for data in (a, b)]
+    for name in ("mode", "height", "width"):
+        assert np.array_equal(table[0]["image"][name], table[1]["image"][name])
+    assert np.array_equal(table[0]["label"], table[1]["label"])
+    if mode == "raw":
+        assert len(a) == len(b)
+
+
+@pytest.mark.parametrize("os_cache", [True, False])
+def test_stock_ffcv_loads_it(tmp_path, os_cache):
+    """Raw pictures larger than 8 MiB beside small JPEGs, the first of which lie in page 0."""
+    pytest.importorskip("ffcv")
+    from cossl.pipelines.ffcv_loader import require_ffcv
+
+    require_ffcv()
+    from ffcv.fields.basics import IntDecoder
+    from ffcv.fields.rgb_image import SimpleRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+
+    (tmp_path / "pictures" / "a").mkdir(parents=True)
+    for i in range(6):
+        picture(i, width=1800, height=1600).save(tmp_path / "pictures" / "a" / f"{i}.jpg")
+    out = tmp_path / "set.beton"
+    convert(tmp_path / "pictures", out, mode="proportion", num_workers=1, progress=False)
+    beton = Beton(out)
+    assert set(beton.modes.tolist()) == {0, 1}
+    assert beton.page_bytes == 1 << 24
+    pipelines = {"image": [SimpleRGBImageDecoder()], "label": [IntDecoder()]}
+    loader = Loader(str(out), 2, num_workers=1, os_cache=os_cache, order=OrderOption.SEQUENTIAL, pipelines=pipelines)
+    got = [row.copy() for images, _ in loader for row in images]
+    assert len(got) == 6
+    for i, pixels in enumerate(got):
+        difference = np.abs(pixels.astype(int) - np.asarray(beton.open(i)))
+        assert difference.max() <= (0 if beton.mode(i) == "raw" else 8)  # TurboJPEG's fast DCT
+
+
+# ---- the same bytes, come what may ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_workers", [2, 3, 7])
+def test_any_number_of_workers_writes_the_same(folder, tmp_path, expected, num_workers):
+    convert(folder, tmp_path / "set.beton", mode="proportion", num_workers=num_workers, progress=False)
+    assert content(tmp_path / "set.beton") == expected
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_a_worker_that_may_hold_little_writes_the_same(folder, tmp_path, expected, monkeypatch, num_workers):
+    monkeypatch.setattr(writer, "HELD_BYTES", 3000)
+    convert(folder, tmp_path / "set.beton", mode="proportion", num_workers=num_workers, progress=False)
+    assert content(tmp_path / "set.beton") == expected
+
+
+class SlowRows(FolderRows):
+    """Two milliseconds a picture, so that a kill finds it at work."""
+
+    def __getitem__(self, i: int):
+        time.sleep(0.002)
+        return super().__getitem__(i)
+
+
+def start(folder: Path, out: Path, prepare: Callable[[], object], **options) -> multiprocessing.process.BaseProcess:
+    """A conversion in a process group of its own, slow enough to be killed."""
+
+    def run() -> None:
+        os.setsid()
+        conversion.FolderRows = SlowRows
+        prepare()
+        convert(folder, out, mode="proportion", num_workers=2, progress=False, **options)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    return process
+
+
+def kill_when(process: multiprocessing.process.BaseProcess, ready: Callable[[], bool]) -> None:
+    """SIGKILL for the whole group as soon as `ready`."""
+    assert process.pid is not None
+    while os.getpgid(process.pid) != process.pid or not ready():
+        assert process.is_alive()
+        time.sleep(0.0005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+
+
+def journaled(out: Path) -> int:
+    """Shards in the journal of the unfinished conversion; the first line says of what."""
+    journal = out.with_name(f".{out.name}.partial") / "journal"
+    return max(0, journal.read_bytes().count(b"\n") - 1) if journal.exists() else 0
+
+
+def _grown(out: Path, before: int) -> bool:
+    return journaled(out) > before
+
+
+def test_kills_at_many_moments_change_nothing(folder, tmp_path, expected):
+    out, kills = tmp_path / "set.beton", 0
+    kill_when(start(folder, out, lambda: None), lambda: out.with_name(".set.beton.partial").exists())
+    while (before := journaled(out)) < 5:
+        kill_when(start(folder, out, lambda: None, resume=True), partial(_grown, out, before))
+        assert [path.name for path in tmp_path.iterdir()] == [".set.beton.partial"]
+        kills += 1
+    assert kills >= 2
+    convert(folder, out, mode="proportion", num_workers=3, resume=True, progress=False)
+    assert content(out) == expected
+
+
+def _die() -> None:
+    os.killpg(0, signal.SIGKILL)
+
+
+def _before(name: str, module=os, nth: int = 1) -> Callable[[], None]:
+    """Makes the nth call of a function the end of the whole process group."""
+
+    def prepare() -> None:
+        function, calls = getattr(module, name), []
+
+        def trapped(*args, **kwargs):
+            calls.append(args)
+            if len(calls) == nth:
+                _die()
+            return function(*args, **kwargs)
+
+        setattr(module, name, trapped)
+
+    return prepare
+
+
+MOMENTS = {
+    "before the tables": _before("_finish", writer),
+    "among the tables": _before("_head", writer),
+    "before the first sync": _before("fsync"),
+    "before the last sync": _before("_sync", conversion, 2),
+    "before the manifest has its name": _before("replace"),
+    "before the beton has its name": _before("replace", nth=2),
+    "before the folder is synced": _before("_sync", conversion, 3),
+    "before the journal is removed": _before("close", Partial),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_kill_at_the_end_changes_nothing(moment, folder, tmp_path, expected):
+    out = tmp_path / "set.beton"
+    process = start(folder, out, MOMENTS[moment])
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    if out.exists():
+        assert out.read_bytes() == expected[0]
+    convert(folder, out, mode="proportion", num_workers=2, resume=True, progress=False)
+    assert content(out) == expected
+
+
+@pytest.fixture
+def killed(folder, tmp_path) -> Path:
+    """The target of a conversion that was killed with at least three shards done."""
+    out = tmp_path / "set.beton"
+    kill_when(start(folder, out, lambda: None), lambda: journaled(out) >= 3)
+    return out
+
+
+@pytest.mark.parametrize("damage", ["first shard", "last shard", "cut beton", "no beton", "torn line", "line of zeros"])
+def test_what_a_power_failure_tore_is_done_again(damage, killed, folder, expected, monkeypatch):
+    beton, journal = (killed.with_name(f".{killed.name}.partial") / name for name in ("beton", "journal"))
+    lines = journal.read_bytes().splitlines(keepends=True)
+    shards = [json.loads(line) for line in lines[1:] if line.endswith(b"\n")]
+    data = bytearray(beton.read_bytes())
+    trusted = len(shards)
+    if damage == "first shard":
+        data[shards[0]["start"] + 5] ^= 1
+        trusted = 0
+    elif damage == "last shard":
+        data[shards[-1]["end"] - 1] ^= 1
+        trusted -= 1
+    elif damage == "cut beton":
+        del data[shards[2]["end"] - 3 :]
+        trusted = 2
+    elif damage == "torn line":
+        lines[-1] = lines[-1][: len(lines[-1]) // 2]
+        trusted = len(lines) - 2
+    elif damage == "line of zeros":
+        lines[2] = bytes(len(lines[2]) - 1) + b"\n"
+        trusted = 1
+    beton.write_bytes(data)
+    journal.write_bytes(b"".join(lines))
+    if damage == "no beton":
+        beton.unlink()
+        trusted = 0
+    asked: list[int] = []
+
+    def watched(partial: Partial, *rest, **more):
+        asked.append(len(partial.shards))
+        return writer.write_rows(partial, *rest, **more)
+
+    monkeypatch.setattr(conversion, "write_rows", watched)
+    convert(folder, killed, mode="proportion", num_workers=2, resume=True, progress=False)
+    assert asked == [trusted]
+    assert content(killed) == expected
+
+
+def test_an_unfinished_conversion_is_not_lost_by_a_slip(killed, folder, expected):
+    for options, message in [
+        ({}, r"holds an unfinished conversion; --resume goes on with it, --force starts again"),
+        ({"resume": True, "mode": "raw"}, r"other pictures or options \(mode proportion is now raw\)"),
+        ({"resume": True, "jpeg_fraction": 0.7}, r"jpeg_fraction 0.5 is now 0.7"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            convert(folder, killed, **{"mode": "proportion", **options}, num_workers=1, progress=False)
+        assert journaled(killed) >= 3
+    convert(folder, killed, mode="proportion", overwrite=True, num_workers=1, progress=False)
+    assert content(killed) == expected
+
+
+def test_the_second_converter_on_a_target_is_refused(folder, tmp_path, expected, monkeypatch, capfd):
+    out = tmp_path / "set.beton"
+    monkeypatch.setattr("cossl.pipelines.beton_partial.LOCK_PATIENCE_S", 0.05)
+    first = start(folder, out, lambda: None)
+    while not journaled(out):
+        time.sleep(0.001)
+    assert first.pid is not None
+    os.killpg(first.pid, signal.SIGSTOP)
+    for flags in ([], ["--resume"], ["--force"]):
+        monkeypatch.setattr(sys, "argv", ["cossl", "convert", str(folder), str(out), "--mode", "proportion", *flags])
+        with pytest.raises(SystemExit):
+            cli.main()
+        said = capfd.readouterr().err.splitlines()
+        assert len(said) == 1
+        assert "another conversion is at work in" in said[0]
+    os.killpg(first.pid, signal.SIGCONT)
+    first.join()
+    assert first.exitcode == 0
+    assert content(out) == expected
+
+
+def test_workers_of_a_killed_command_end_and_free_the_lock(folder, tmp_path, expected):
+    out = tmp_path / "set.beton"
+    process = start(folder, out, lambda: None)
+    while not journaled(out):
+        time.sleep(0.001)
+    process.kill()  # not its group
+    process.join()
+    convert(folder, out, mode="proportion", num_workers=1, resume=True, progress=False)
+    assert content(out) == expected
+
+
+def test_an_interrupt_keeps_what_is_done_and_says_so(folder, tmp_path, expected, capfd, monkeypatch):
+    out = tmp_path / "set.beton"
+    monkeypatch.setattr(sys, "argv", ["cossl", "convert", str(folder), str(out), "--mode", "proportion", "--workers", "2"])
+    monkeypatch.setattr(conversion, "FolderRows", SlowRows)
+    add = Partial.add
+
+    def add_and_interrupt(self: Partial, shard) -> None:
+        add(self, shard)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Partial, "add", add_and_interrupt)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 130
+    assert "interrupted; --resume goes on" in capfd.readouterr().err
+    assert not multiprocessing.active_children()
+    assert journaled(out) >= 1
+    monkeypatch.undo()
+    convert(folder, out, mode="proportion", num_workers=1, resume=True, progress=False)
+    assert content(out) == expected
+
+
+def test_resuming_what_is_finished_does_nothing(folder, tmp_path):
+    out = tmp_path / "set.beton"
+    first = convert(folder, out, num_workers=1, progress=False)
+    before = out.stat()
+    again = convert(folder, out, num_workers=1, resume=True, progress=False)
+    assert out.stat() == before
+    assert (again.num_rows, again.stored, again.quarantined) == (first.num_rows, first.stored, first.quarantined)
+    with pytest.raises(ValueError, match="exists, of other pictures or options; --force"):
+        convert(folder, out, mode="raw", num_workers=1, resume=True, progress=False)
+
+
+def test_conversion_needs_no_ffcv(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ffcv", None)
+    assert convert(folder, tmp_path / "set.beton", num_workers=1, progress=False).num_rows == 87
+    assert isinstance(Beton(tmp_path / "set.beton").open(0), Image.Image)
