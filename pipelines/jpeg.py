@@ -6,8 +6,8 @@ integer inverse DCT (jidctint.c), its triangle-filter upsampling (jdsample.c), i
 
 Where the time goes decides the layout. Huffman decoding is 70 % of TurboJPEG's time: here one table look-up yields code, run and
 value together (the idea of stb_image's fast AC table). Blocks outside of the region are decoded but not transformed, and nothing is read
-below its last row. Blocks are transformed 32 at a time, one per vector lane. Planes are stored column by column, `[3, x, y]`, so that the
-filters of `cut` and the colour conversion run along contiguous memory.
+below its last row. Blocks are transformed 32 at a time, one per vector lane. Pixels are given column by column, `[x, 3, y]`, so that colour
+conversion and the filters of `cut` run along contiguous memory.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from numba import njit
 
+from cossl.pipelines.cut import LANES as ROWS
+from cossl.pipelines.cut import stride_of
 from cossl.pipelines.simd import address, kernel, read_8, read_32, read_word_big_endian, write_16, write_word, write_word_big_endian
 
 LANES = 32  # blocks transformed at a time
-ROWS = 32  # pixels of a column coloured at a time: the stride of decoded columns is a multiple of it
 _LOOK = 10  # bits that one table look-up sees
 # A table entry, 0 where there is no code: bits of code and value together (6), bits of the code (5), of the value (4), run before it (8).
 _SIZE_AT, _RUN_AT, _LENGTH_AT = 11, 15, 6
@@ -444,12 +445,12 @@ def _upsample(near, far, h, v, odd, low, last, rows, blend, out):  # type: ignor
 
 @njit(cache=True, nogil=True)
 def _colour(planes, info, origin, step, corner, box, rgb, stride, blend, up):  # type: ignore[no-untyped-def]
-    """rgb [3, x, stride] of box = (left, top, right, bottom) from planes whose first sample is the picture's (x, y) = corner.
+    """rgb [x, 3, stride] of box = (left, top, right, bottom) from planes whose first sample is the picture's (x, y) = corner.
 
     Component c starts at address origin[c], its columns are step[c] bytes apart.
     """
     left, top, right, bottom = box
-    h, v, height, width = info[_H], info[_V], bottom - top, right - left
+    h, v, height = info[_H], info[_V], bottom - top
     low, rows = top // v - corner[1] // v, (bottom - 1) // v - top // v + 1
     last, widest = (info[_HEIGHT] - 1) // v - corner[1] // v, (info[_WIDTH] - 1) // h
     cb, cr = address(up), address(up) + 2 * up.shape[1]
@@ -463,15 +464,15 @@ def _colour(planes, info, origin, step, corner, box, rgb, stride, blend, up):  #
             _upsample(origin[1] + near * step[1], origin[1] + far * step[1], h, v, x % h == 1, low, last, rows, blend, cb)
             _upsample(origin[2] + near * step[2], origin[2] + far * step[2], h, v, x % h == 1, low, last, rows, blend, cr)
         luma, skip = origin[0] + (x - corner[0]) * step[0] + top - corner[1], 2 * (top % v)
-        red = address(rgb) + (x - left) * stride
-        green, blue = red + width * stride, red + 2 * width * stride
+        red = address(rgb) + 3 * (x - left) * stride
+        green, blue = red + stride, red + 2 * stride
         for y in range(0, height, ROWS):
             _to_rgb(luma + y, cb + skip + 2 * y, cr + skip + 2 * y, red + y, green + y, blue + y)
 
 
 @njit(cache=True, nogil=True)
 def decode_box(data, height, width, box, rgb, space):  # type: ignore[no-untyped-def]
-    """Fills rgb [3, x, stride] with the pixels of box = (left, top, right, bottom), Pillow's own, and returns OK; or returns DECLINED.
+    """Fills rgb [x, 3, stride] with the pixels of box = (left, top, right, bottom), Pillow's own, and returns OK; or returns DECLINED.
 
     data is the whole JPEG file, height and width what it has to be. rgb is flat memory of 3 * box width * `stride_of(box height)` bytes.
     `space` comes from `workspace`.
@@ -500,12 +501,6 @@ def decode_box(data, height, width, box, rgb, space):  # type: ignore[no-untyped
     return OK
 
 
-@njit(cache=True, nogil=True)
-def stride_of(height):  # type: ignore[no-untyped-def]
-    """Bytes from one column to the next in what `decode_box` fills."""
-    return -(-height // ROWS) * ROWS
-
-
 def workspace(pixels: int, longest_px: int, payload_bytes: int) -> tuple[Any, ...]:
     """Memory for one thread's `decode_box`, of pictures of so many pixels, so long a side and files of so many bytes at the most."""
     tile = np.zeros(2 * 64 * LANES, np.int16), np.empty(8 * LANES, np.uint64), np.empty(LANES, np.int64), np.empty(LANES, np.int64)
@@ -522,5 +517,5 @@ def decode(payload: UInt8[np.ndarray, " n"], height: int, width: int, out: UInt8
     rgb = np.empty(3 * width * stride, np.uint8)
     if decode_box(payload, height, width, (0, 0, width, height), rgb, workspace(height * width, max(height, width), payload.size)) != OK:
         return False
-    out[:] = rgb.reshape(3, width, stride)[:, :, :height].transpose(2, 1, 0)
+    out[:] = rgb.reshape(width, 3, stride)[:, :, :height].transpose(2, 0, 1)
     return True

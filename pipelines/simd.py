@@ -57,7 +57,8 @@ def _scalar(bits, returns, swapped=False):  # type: ignore[no-untyped-def]
 
 read_word, write_word = _scalar(64, types.uint64), _scalar(64, types.void)
 read_word_big_endian, write_word_big_endian = _scalar(64, types.uint64, swapped=True), _scalar(64, types.void, swapped=True)
-read_8, read_32, write_16 = _scalar(8, types.uint8), _scalar(32, types.int32), _scalar(16, types.void)
+read_8, write_8 = _scalar(8, types.uint8), _scalar(8, types.void)
+read_32, write_16 = _scalar(32, types.int32), _scalar(16, types.void)
 
 
 class Vector:
@@ -125,6 +126,14 @@ class Lanes:
         if into > bits:
             value = (self.builder.sext if signed else self.builder.zext)(value, ir.VectorType(ir.IntType(into), self.count))
         return Vector(self.builder, value)
+
+    def number(self, at: ir.Value, bits: int) -> ir.Value:
+        """One number from memory."""
+        return self.builder.load(self.builder.inttoptr(at, ir.IntType(bits).as_pointer()), align=1)
+
+    def constant(self, number: int, bits: int = 32) -> Vector:
+        """A plain number in every lane."""
+        return Vector(self.builder, ir.Constant(ir.VectorType(ir.IntType(bits), self.count), [ir.IntType(bits)(number)] * self.count))
 
     def splat(self, number: ir.Value, bits: int = 32) -> Vector:
         """One number in every lane."""
