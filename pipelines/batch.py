@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import mmap
+import weakref
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from cossl.pipelines.geometry import PHOTOMETRY
 from cossl.pipelines.positions import PositionSpec, sample_positions
 from cossl.pipelines.views import ViewSpec
+
+Order = Literal["random", "pages"]
+WINDOW_PAGES = 64  # of 8 MiB: half a GiB is read ahead, and mixes 10,000 pictures of 50 KB
+ALIGNED_BYTES = 64  # where each tensor of a batch starts
 
 
 @dataclass(frozen=True)
 class Batch:
-    """b samples in v views each, and the geometry they were cut with.
+    """b samples in v views each, and the geometry they were cut with; all of it lies in one block of memory.
 
     `views` holds one tensor per view size, in the order of the recipe, each view a channels-last slice of
     it. Boxes are (left, top, right, bottom) as fractions of the source picture, flips are already rendered
@@ -26,6 +35,7 @@ class Batch:
     `photometry` holds the parameters that `augment` renders (columns: `cossl.pipelines.geometry.PHOTOMETRY`).
     """
 
+    memory: UInt8[Tensor, " bytes"]
     views: tuple[UInt8[Tensor, "v b 3 s s"], ...]
     boxes: Float[Tensor, "b v 4"]
     flips: Bool[Tensor, "b v"]
@@ -34,19 +44,32 @@ class Batch:
     index: Int[Tensor, " b"]
     label: Int[Tensor, " b"]
 
+    def _over(self, memory: UInt8[Tensor, " bytes"]) -> Batch:
+        """The same tensors over a copy of the block."""
+
+        def there(tensor: Tensor) -> Tensor:
+            start = tensor.storage_offset() * tensor.element_size() - self.memory.storage_offset()
+            flat = memory[start : start + tensor.numel() * tensor.element_size()]
+            return flat.view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), flat.storage_offset() // tensor.element_size())
+
+        rest = {f.name: there(getattr(self, f.name)) for f in fields(self) if f.name not in ("memory", "views")}
+        return Batch(memory, tuple(there(view) for view in self.views), **rest)
+
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`; from pinned memory the copy does not wait."""
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self) if f.name != "views"}
-        return replace(self, views=tuple(view.to(device, non_blocking=True) for view in self.views), **moved)
+        """The same batch on `device`, in one copy; from pinned memory the copy does not wait."""
+        return self._over(self.memory.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory; torch's DataLoader calls this."""
-        moved = {f.name: getattr(self, f.name).pin_memory() for f in fields(self) if f.name != "views"}
-        return replace(self, views=tuple(view.pin_memory() for view in self.views), **moved)
+        return self._over(self.memory.pin_memory())
 
     def split(self) -> list[UInt8[Tensor, "b 3 s s"]]:
         """Each view on its own, in the recipe's order; no copy."""
         return [view for same_size in self.views for view in same_size]
+
+    def canvases(self) -> list[UInt8[np.ndarray, "b s s 3"]]:
+        """Each view as an array to be rendered into; the batch must be on the CPU."""
+        return [view.permute(0, 2, 3, 1).numpy() for view in self.split()]
 
 
 class Loader(Protocol):
@@ -80,14 +103,27 @@ class LoaderSpec:
     seed: int = 0
     positions: PositionSpec | None = None
     workers: int = 2
+    batches_ahead: int = 3
+    """Batches that are being rendered, or wait, while one is used."""
     shuffle: bool = True
     """Training: a new order every epoch, the last incomplete batch dropped. Else: file order, every picture once."""
+    order: Order = "random"
+    """random: any permutation. pages: WINDOW_PAGES pages of the file at a time, in a new order every epoch, and any permutation of their
+    pictures: a disk is read in long runs, once an epoch. `cossl convert` lays pictures down in a random order, so that windows mix classes."""
+    os_cache: bool = True
+    """False, for order "pages": the set is larger than memory, and its pages are asked for ahead of their turn and dropped behind it."""
     rank: int = 0
     world_size: int = 1
-    """`batch_size` is that of all ranks together; rank r renders samples r, r + world_size, ... of every batch, so the ranks' batches
-    are the joint one dealt out, whatever their number. In evaluation a rank may end one step early, when the last batch is shorter."""
+    """`batch_size` is that of all ranks together; every batch is cut into world_size equal runs, of which rank r renders number r, so the
+    ranks' batches laid end to end are the joint one, whatever their number. In evaluation a rank may end one step early."""
 
     def __post_init__(self) -> None:
+        if self.batches_ahead < 0:
+            raise ValueError(f"{self.batches_ahead} batches ahead: expected 0 or more")
+        if self.order not in get_args(Order):
+            raise ValueError(f"order {self.order!r}: expected one of {', '.join(get_args(Order))}")
+        if self.shuffle and not self.os_cache and self.order != "pages":
+            raise ValueError("os_cache False with a random order would read every page of the disk for every picture: use order pages")
         sizes = [view.size_px for view in self.recipe]
         if sizes != [size for size, count in Counter(sizes).items() for _ in range(count)]:
             raise ValueError(f"views of {sizes} px: put views of one size next to each other, they share a tensor")
@@ -108,47 +144,83 @@ class LoaderSpec:
             )
         return num_samples // self.batch_size
 
-    def buffers(self, count: int, pin: bool = False) -> tuple[list[UInt8[Tensor, "v b s s 3"]], list[UInt8[np.ndarray, "b s s 3"]]]:
-        """Memory for the views of `count` samples: a tensor per view size, and each view's part of it, to be rendered into."""
-        sizes = Counter(view.size_px for view in self.recipe)
-        groups = [torch.empty((views, count, size, size, 3), dtype=torch.uint8, pin_memory=pin) for size, views in sizes.items()]
-        return groups, [view.numpy() for group in groups for view in group]
+    def allocate(self, count: int, block: Callable[[int], Tensor] | None = None) -> Batch:
+        """A batch of `count` samples with nothing in it, in memory of `block(bytes)`, uint8."""
+        views, k = len(self.recipe), self.positions.count if self.positions else 0
+        groups = Counter(view.size_px for view in self.recipe)
+        kinds: list[tuple[tuple[int, ...], torch.dtype]] = [((n, count, s, s, 3), torch.uint8) for s, n in groups.items()]
+        kinds += [((count, views, 4), torch.float32), ((count, views), torch.bool), ((count, views, k), torch.int64)]
+        kinds += [((count, views, len(PHOTOMETRY)), torch.float32), ((count,), torch.int64), ((count,), torch.int64)]
+        sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in kinds]
+        starts = [0, *itertools.accumulate(-(-size // ALIGNED_BYTES) * ALIGNED_BYTES for size in sizes)]
+        memory = torch.empty(starts[-1], dtype=torch.uint8) if block is None else block(starts[-1])
+        parts = [memory[at : at + size].view(dtype).view(shape) for at, size, (shape, dtype) in zip(starts, sizes, kinds, strict=False)]
+        pixels, rest = parts[: len(groups)], parts[len(groups) :]
+        return Batch(memory, tuple(view.permute(0, 1, 4, 2, 3) for view in pixels), *rest)
 
-    def order(self, num_samples: int, epoch: int) -> Int[np.ndarray, " n"]:
-        """Sample indices in the order of this epoch: a function of (seed, epoch) alone."""
+    def order_of(self, num_samples: int, epoch: int, pages: Int[np.ndarray, " n"] | None = None) -> Int[np.ndarray, " n"]:
+        """Sample indices in the order of this epoch: a function of (seed, epoch) and, for order "pages", of the page of each sample."""
         if not self.shuffle:
             return np.arange(num_samples)
-        return np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(num_samples)
+        random = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
+        if self.order == "random" or pages is None:
+            return random.permutation(num_samples)
+        _, page = np.unique(pages, return_inverse=True)
+        turn = random.permutation(page.max() + 1)[page]  # when each sample's page has its turn
+        by_turn = np.lexsort((np.arange(num_samples), turn))
+        starts = np.searchsorted(turn[by_turn] // WINDOW_PAGES, np.arange(1, turn.max() // WINDOW_PAGES + 1))
+        return np.concatenate([random.permutation(window) for window in np.split(by_turn, starts)])
 
-    def batches(self, num_samples: int, epoch: int, start_step: int) -> Iterator[Int[np.ndarray, " b"]]:
-        """This rank's part of every batch from `start_step` on."""
-        order = self.order(num_samples, epoch)
+    def batches(
+        self, num_samples: int, epoch: int, start_step: int, pages: Int[np.ndarray, " n"] | None = None
+    ) -> Iterator[Int[np.ndarray, " b"]]:
+        """This rank's part of every batch from `start_step` on. With order "pages" a batch is sorted by page, so a rank touches few."""
+        order = self.order_of(num_samples, epoch, pages)
         for step in range(start_step, self.steps(num_samples)):
-            part = order[step * self.batch_size : (step + 1) * self.batch_size][self.rank :: self.world_size]
+            joint = order[step * self.batch_size : (step + 1) * self.batch_size]
+            if self.shuffle and self.order == "pages" and pages is not None:
+                joint = joint[np.argsort(pages[joint], kind="stable")]
+            part = joint[self.rank * len(joint) // self.world_size : (self.rank + 1) * len(joint) // self.world_size]
             if len(part):
                 yield part
 
 
-def assemble(
+class Blocks:
+    """Memory for batches, used again once no tensor refers to it: fresh pages cost the kernel a fault and a wipe for every 4 KiB.
+
+    Page-locked by torch, which recycles it itself, where there is a GPU.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[mmap.mmap]] = {}
+
+    def __call__(self, size: int) -> UInt8[Tensor, " bytes"]:
+        if torch.cuda.is_available():
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        free = self._free.setdefault(size, [])
+        try:
+            block = free.pop()
+        except IndexError:
+            block = mmap.mmap(-1, max(size, 1))
+        array = np.frombuffer(block, np.uint8)
+        weakref.finalize(array, free.append, block).atexit = False  # the tensor holds the array
+        return torch.from_numpy(array[:size] if size else array[:0])
+
+
+def fill(
+    batch: Batch,
     spec: LoaderSpec,
     epoch: int,
-    views: list[UInt8[Tensor, "v b s s 3"]],
+    index: Int[np.ndarray, " b"],
+    label: Int[np.ndarray, " b"],
     boxes: Float[np.ndarray, "b v 4"],
     flips: Bool[np.ndarray, "b v"],
     photometry: Float[np.ndarray, "b v 8"],
-    index: Int[np.ndarray, " b"],
-    label: Int[np.ndarray, " b"],
 ) -> Batch:
-    """A `Batch` from what a loader rendered into `spec.buffers`; boxes as in `Batch`."""
-    positions = np.empty((*flips.shape, 0), np.int64)
+    """The batch with everything but its pixels written into it, the positions drawn; boxes as in `Batch`."""
+    values = {"index": index, "label": label, "boxes": boxes, "flips": flips, "photometry": photometry}
     if spec.positions is not None:
-        positions = sample_positions(spec.positions, spec.seed, epoch, index, boxes, flips)
-    return Batch(
-        views=tuple(view.permute(0, 1, 4, 2, 3) for view in views),
-        boxes=torch.from_numpy(boxes),
-        flips=torch.from_numpy(flips),
-        positions=torch.from_numpy(positions),
-        photometry=torch.from_numpy(photometry),
-        index=torch.from_numpy(index.astype(np.int64)),
-        label=torch.from_numpy(label.astype(np.int64)),
-    )
+        values["positions"] = sample_positions(spec.positions, spec.seed, epoch, index, boxes, flips)
+    for name, value in values.items():
+        getattr(batch, name).numpy()[...] = value
+    return batch

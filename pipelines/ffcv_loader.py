@@ -5,6 +5,7 @@ This is the only file of the project that imports ffcv, inside functions, so tha
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from collections import deque
@@ -15,15 +16,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from numba import njit
 from numpy.typing import NDArray
 
-from cossl.pipelines.batch import Batch, LoaderSpec, assemble
-from cossl.pipelines.beton import Beton
-from cossl.pipelines.cut import cut
+from cossl.pipelines.batch import WINDOW_PAGES, Batch, Blocks, LoaderSpec, fill
+from cossl.pipelines.beton import RAW, Beton
+from cossl.pipelines.cut import LANES, cut, planes_of
+from cossl.pipelines.cut import workspace as cut_workspace
 from cossl.pipelines.geometry import box_fractions, sample_views
+from cossl.pipelines.jpeg import OK, decode_box
+from cossl.pipelines.jpeg import workspace as jpeg_workspace
 
 INSTALL_FFCV = "sudo apt-get install pkg-config libturbojpeg0-dev libopencv-dev && pip install -c constraints.txt -e '.[ffcv]'"
-BATCHES_AHEAD = 3
 
 
 class FfcvMissing(ImportError):
@@ -80,21 +84,76 @@ def decode_function() -> Decode:
 
 # ---- the loader -------------------------------------------------------------------------------------------------------------------
 
+_OK, _DECLINED = 0, 1  # what became of a sample
+
+
+@njit(cache=True, nogil=True)
+def _cut_views(planes, union, boxes, flips, sizes, targets, b, space):  # type: ignore[no-untyped-def]
+    for v in range(len(sizes)):
+        top, left, height, width = boxes[v]
+        out = targets[v] + 3 * sizes[v] * sizes[v] * b
+        cut(planes, union[3] - union[1], top - union[1], left - union[0], height, width, flips[v], out, sizes[v], space)
+
+
+@njit(cache=True, nogil=True)
+def _render(data, rows, boxes, flips, sizes, targets, first, last, planes, spaces, outcome):  # type: ignore[no-untyped-def]
+    """Samples first .. last - 1 of a batch: the union of each one's boxes decoded once, every view cut from that.
+
+    rows [b, 5] holds where each payload starts in data, its bytes, whether it is raw pixels, height and width; targets are the addresses
+    of the views' memory. A sample whose JPEG is of a kind left to Pillow is marked in `outcome`.
+    """
+    for b in range(first, last):
+        start, size, raw, height, width = rows[b]
+        union = (boxes[b, :, 1].min(), boxes[b, :, 0].min(), (boxes[b, :, 1] + boxes[b, :, 3]).max(), (boxes[b, :, 0] + boxes[b, :, 2]).max())
+        payload = data[start : start + size]
+        outcome[b] = _OK
+        if raw:
+            planes_of(payload, width, union, planes)
+        elif decode_box(payload, height, width, union, planes, spaces[0]) != OK:
+            outcome[b] = _DECLINED
+            continue
+        _cut_views(planes, union, boxes[b], flips[b], sizes, targets, b, spaces[1])
+
+
+@njit(cache=True, nogil=True)
+def _render_pixels(pixels, height, width, boxes, flips, sizes, targets, b, planes, space):  # type: ignore[no-untyped-def]
+    """One sample from pixels that Pillow decoded."""
+    union = (0, 0, width, height)
+    planes_of(pixels, width, union, planes)
+    _cut_views(planes, union, boxes, flips, sizes, targets, b, space)
+
+
+class _Workspace(threading.local):
+    """One thread's memory, for the largest picture it has met."""
+
+    pixels = longest = payload = 0
+
+    def fit(self, rows: NDArray[np.int64], largest_view: int) -> None:
+        """Makes room for pictures of `rows`, as in `_render`."""
+        pixels, longest, payload = int((rows[:, 3] * rows[:, 4]).max()), int(rows[:, 3:].max()), int(rows[:, 1].max())
+        if pixels > self.pixels or longest > self.longest or payload > self.payload:
+            self.pixels, self.longest, self.payload = max(pixels, self.pixels), max(longest, self.longest), max(payload, self.payload)
+            self.planes = np.empty(3 * (self.pixels + LANES * self.longest) + LANES, np.uint8)
+            self.spaces = jpeg_workspace(self.pixels, self.longest, self.payload), cut_workspace(self.longest, largest_view)
+
 
 class FfcvLoader:
-    """`Loader` over a beton: one decode by ffcv's TurboJPEG for all views of a picture, boxes cut out without the GIL.
+    """`Loader` over a beton: the union of a picture's boxes is decoded once, and every view cut from that, by `spec.workers` threads.
 
-    `spec.workers` threads render, up to `BATCHES_AHEAD` batches wait. Every batch owns its memory (pinned where there is a GPU), so a
-    batch may be kept; an epoch left half-way leaves nothing behind but threads that wait for the next one. Stock ffcv's Loader is not
-    used: it compiles for 6 to 17 s each time, leaks a thread per abandoned epoch, and draws random numbers that nobody can repeat.
+    ffcv itself is not needed. The decoder and the cuts are the project's own (`jpeg.py`, `cut.py`), run without the GIL and give Pillow's
+    pixels; JPEGs of a rare kind are decoded by Pillow itself. Up to `spec.batches_ahead` batches wait. A batch may be kept; its memory is
+    used again once nothing refers to it. An epoch left half-way leaves nothing behind but threads that wait for the next one.
     """
 
     def __init__(self, path: Path, spec: LoaderSpec) -> None:
         self.beton, self.spec = Beton(path), spec
         self.class_names = tuple(self.beton.class_names)
-        self._decode, self._local = decode_function(), threading.local()
-        self._rows = np.stack([view.row() for view in spec.recipe])
-        self._pin = torch.cuda.is_available()
+        beton = self.beton
+        self._rows = np.stack([beton.starts, beton.sizes, beton.modes == RAW, beton.heights, beton.widths], 1).astype(np.int64)
+        self._pages = beton.starts // beton.page_bytes
+        self._recipe = np.stack([view.row() for view in spec.recipe])
+        self._sizes = np.array([view.size_px for view in spec.recipe])
+        self._space, self._blocks = _Workspace(), Blocks()
         self._pool = ThreadPoolExecutor(max(1, spec.workers), thread_name_prefix="cossl-ffcv")
         len(self)
 
@@ -106,57 +165,70 @@ class FfcvLoader:
         return len(self.beton)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        waiting: deque[tuple[list[Future[None]], Callable[[], Batch]]] = deque()
+        waiting: deque[tuple[list[Future[None]], Batch]] = deque()
+        steps = self.spec.batches(self.num_samples, epoch, start_step, self._pages)
         try:
-            for index in self.spec.batches(self.num_samples, epoch, start_step):
+            for index in steps if self.spec.os_cache or not self.spec.shuffle else self._read_ahead(list(steps)):
                 waiting.append(self._start(epoch, index))
-                if len(waiting) > BATCHES_AHEAD:
-                    yield self._finish_batch(*waiting.popleft())
+                if len(waiting) > self.spec.batches_ahead:
+                    yield self._finish(*waiting.popleft())
             while waiting:
-                yield self._finish_batch(*waiting.popleft())
+                yield self._finish(*waiting.popleft())
         finally:
             for futures, _ in waiting:
                 for future in futures:
                     future.cancel()
 
-    def _start(self, epoch: int, index: NDArray[np.int64]) -> tuple[list[Future[None]], Callable[[], Batch]]:
-        heights, widths = self.beton.heights[index], self.beton.widths[index]
-        boxes, flips, photometry = sample_views(self.spec.seed, epoch, index, heights, widths, self._rows)
-        groups, views = self.spec.buffers(len(index), pin=self._pin)
-        share = -(-len(index) // (4 * max(1, self.spec.workers)))  # four pieces a thread, so that threads end together
-        pieces = [range(i, min(i + share, len(index))) for i in range(0, len(index), share)]
-        futures = [self._pool.submit(self._render, piece, index, boxes, flips, views) for piece in pieces]
-        fractions, labels = box_fractions(boxes, heights, widths), self.beton.labels[index]
-        return futures, lambda: assemble(self.spec, epoch, groups, fractions, flips, photometry, index, labels)
+    def _read_ahead(self, steps: list[NDArray[np.int64]]) -> Iterator[NDArray[np.int64]]:
+        """The same steps; the kernel is told which pages of the file come within a window, and which will not be needed again."""
+        first, last = {}, {}
+        for step, index in enumerate(steps):
+            for page in np.unique(self._pages[index]).tolist():
+                first.setdefault(page, step)
+                last[page] = step
+        coming, going = sorted(first, key=first.__getitem__, reverse=True), sorted(last, key=last.__getitem__, reverse=True)
+        held, size = 0, self.beton.page_bytes
+        with self.beton.path.open("rb") as file:
+            for step, index in enumerate(steps):
+                while going and last[going[-1]] < step - self.spec.batches_ahead:
+                    os.posix_fadvise(file.fileno(), going.pop() * size, size, os.POSIX_FADV_DONTNEED)
+                    held -= 1
+                while coming and (held < WINDOW_PAGES or first[coming[-1]] <= step):
+                    os.posix_fadvise(file.fileno(), coming.pop() * size, size, os.POSIX_FADV_WILLNEED)
+                    held += 1
+                yield index
 
-    def _finish_batch(self, futures: list[Future[None]], batch: Callable[[], Batch]) -> Batch:
+    def _start(self, epoch: int, index: NDArray[np.int64]) -> tuple[list[Future[None]], Batch]:
+        rows = self._rows[index]
+        boxes, flips, photometry = sample_views(self.spec.seed, epoch, index, rows[:, 3], rows[:, 4], self._recipe)
+        batch = self.spec.allocate(len(index), self._blocks)
+        share = -(-len(index) // (4 * max(1, self.spec.workers)))  # four pieces a thread, so that threads end together
+        pieces = [(i, min(i + share, len(index))) for i in range(0, len(index), share)]
+        futures = [self._pool.submit(self._render, piece, index, rows, boxes, flips, batch) for piece in pieces]
+        fractions = box_fractions(boxes, rows[:, 3], rows[:, 4])
+        return futures, fill(batch, self.spec, epoch, index, self.beton.labels[index], fractions, flips, photometry)
+
+    def _finish(self, futures: list[Future[None]], batch: Batch) -> Batch:
         for future in futures:
             future.result()
-        return batch()
+        return batch
 
-    def _render(self, piece: range, index: NDArray[Any], boxes: NDArray[Any], flips: NDArray[Any], views: list[NDArray[np.uint8]]) -> None:
-        for b in piece:
-            picture = self._decoded(int(index[b]))
-            for v, view in enumerate(views):
-                top, left, height, width = boxes[b, v]
-                cut(picture, top, left, height, width, flips[b, v], view[b])
-
-    def _decoded(self, index: int) -> NDArray[np.uint8]:
-        """The whole picture, in memory that the same thread's next call overwrites."""
-        height, width, payload = int(self.beton.heights[index]), int(self.beton.widths[index]), self.beton.payload(index)
-        if self.beton.mode(index) == "raw":
-            return payload.reshape(height, width, 3)
-        room = getattr(self._local, "room", None)
-        if room is None or room.size < height * width * 3:
-            room = self._local.room = np.empty(height * width * 3, np.uint8)
-        out: NDArray[np.uint8] = room[: height * width * 3].reshape(height, width, 3)
-        if not self._decode(payload, height, width, out):
-            # TurboJPEG also reports mere warnings, which Pillow reads over: the slow decoder is the judge.
-            out[:] = np.asarray(self.beton.open(index))
-        return out
+    def _render(
+        self, piece: tuple[int, int], index: NDArray[Any], rows: NDArray[Any], boxes: NDArray[Any], flips: NDArray[Any], batch: Batch
+    ) -> None:
+        space, outcome = self._space, np.empty(len(index), np.int8)
+        space.fit(rows[piece[0] : piece[1]], int(self._sizes.max()))
+        targets = np.array([view.data_ptr() for view in batch.split()])
+        _render(self.beton.bytes, rows, boxes, flips, self._sizes, targets, *piece, space.planes, space.spaces, outcome)
+        for b in range(*piece):
+            if outcome[b] == _DECLINED:
+                pixels = np.asarray(self.beton.open(int(index[b])))
+                height, width, _ = pixels.shape
+                flat = pixels.reshape(-1)
+                _render_pixels(flat, height, width, boxes[b], flips[b], self._sizes, targets, b, space.planes, space.spaces[1])
 
     def picture(self, index: int) -> NDArray[np.uint8]:
-        return self._decoded(index).copy()
+        return np.asarray(self.beton.open(index))
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)

@@ -308,15 +308,16 @@ def _decode_scan(data, info, quant, tables, places, region, origin, step, tile, 
     marker, size = _unstuff(data, info[_SCAN], clean)
     start, first_lane, natural = address(clean), address(coefficients), address(places)
     at, bits, count, trash = start, _U0, _U0, first_lane + 2 * 64 * LANES
-    predicted = np.zeros(3, np.int64)
+    predicted, expected = np.zeros(3, np.int64), 0xD0
     coefficients[:] = 0
     for row in range(bottom):
         for column in range(right if row == bottom - 1 and bottom < down else across):
             if restart:
                 if until_restart == 0:
                     used = 8 * (at - start) - np.int64(count)
-                    if not 8 * (size - 1) < used <= 8 * size or marker + 2 > len(data) or data[marker + 1] >> 3 != 0xD0 >> 3:
+                    if not 8 * (size - 1) < used <= 8 * size or marker + 2 > len(data) or data[marker + 1] != expected:
                         return False
+                    expected = 0xD0 + ((expected + 1) & 7)
                     marker, size = _unstuff(data, marker + 2, clean)
                     at, bits, count, until_restart = start, _U0, _U0, restart
                     predicted[:] = 0
@@ -350,12 +351,16 @@ def _decode_scan(data, info, quant, tables, places, region, origin, step, tile, 
 
 
 def _idct_8(a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, shift: int) -> list[Any]:
-    """Eight samples from eight coefficients, scaled up by 2 to the power of (13 - shift): libjpeg's jidctint.c, constants in 13 bits."""
+    """Eight samples from eight coefficients, scaled up by 2 to the power of (13 - shift): libjpeg's jidctint.c, constants in 13 bits.
+
+    No undamaged picture has coefficients so large that it would matter, but the four plain sums wrap around at 16 bits here as they do
+    in libjpeg-turbo's vector code (jidctint-avx2.asm): pixels stay equal to Pillow's for damaged ones as well.
+    """
     z = (c + g) * 4433
     even_2, even_3 = z - g * 15137, z + c * 6270
-    even_0, even_1 = ((a + e) << 13) + (1 << (shift - 1)), ((a - e) << 13) + (1 << (shift - 1))
+    even_0, even_1 = ((a + e) << 16 >> 3) + (1 << (shift - 1)), ((a - e) << 16 >> 3) + (1 << (shift - 1))
     s_0, s_3, s_1, s_2 = even_0 + even_3, even_0 - even_3, even_1 + even_2, even_1 - even_2
-    z_1, z_2, z_3, z_4 = (h + b) * -7373, (f + d) * -20995, h + d, f + b
+    z_1, z_2, z_3, z_4 = (h + b) * -7373, (f + d) * -20995, (h + d) << 16 >> 16, (f + b) << 16 >> 16
     z_5 = (z_3 + z_4) * 9633
     z_3, z_4 = z_3 * -16069 + z_5, z_4 * -3196 + z_5
     t_0, t_1 = h * 2446 + z_1 + z_3, f * 16819 + z_2 + z_4
@@ -368,7 +373,7 @@ def _idct_8(a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, shif
 def _transform_16(v, coefficients, words):  # type: ignore[no-untyped-def]
     """16 blocks from coefficients [row, column, lane] to words [column, lane], each the eight samples of a column, top one lowest."""
     blocks = [[v.load(v.offset(coefficients, 2 * LANES * (8 * row + column)), 16, signed=True) for row in range(8)] for column in range(8)]
-    columns = [_idct_8(*block, shift=11) for block in blocks]
+    columns = [[sample.clamp(-32768, 32767) for sample in _idct_8(*block, shift=11)] for block in blocks]
     rows = [_idct_8(*(columns[c][row] for c in range(8)), shift=18) for row in range(8)]
     for c in range(8):
         low, high = (

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from cossl.pipelines.batch import Batch, LoaderSpec, assemble
+from cossl.pipelines.batch import Batch, LoaderSpec, fill
 from cossl.pipelines.geometry import box_fractions, sample_views
 
 NUM_SAMPLES, NUM_CLASSES, PICTURE_PX = 4096, 10, 256
@@ -21,9 +21,9 @@ class SyntheticLoader:
         self.spec, self.class_names = spec, tuple(f"class-{i}" for i in range(NUM_CLASSES))
         self._rows = np.stack([view.row() for view in spec.recipe])
         random = np.random.Generator(np.random.Philox(key=[spec.seed, 0]))
-        self._views, buffers = spec.buffers(spec.batch_size)
-        for buffer in buffers:
-            buffer[:] = random.integers(0, 256, buffer.shape, np.uint8)
+        self._batch = spec.allocate(spec.batch_size)
+        for canvas in self._batch.canvases():
+            canvas[:] = random.integers(0, 256, canvas.shape, np.uint8)
         len(self)
 
     def __len__(self) -> int:
@@ -37,8 +37,10 @@ class SyntheticLoader:
         for index in self.spec.batches(NUM_SAMPLES, epoch, start_step):
             sizes = np.full(len(index), PICTURE_PX), np.full(len(index), PICTURE_PX)
             boxes, flips, photometry = sample_views(self.spec.seed, epoch, index, *sizes, self._rows)
-            views = [view[:, : len(index)] for view in self._views]
-            yield assemble(self.spec, epoch, views, box_fractions(boxes, *sizes), flips, photometry, index, index % NUM_CLASSES)
+            batch = self.spec.allocate(len(index))
+            for ours, resident in zip(batch.views, self._batch.views, strict=True):
+                ours.copy_(resident[:, : len(index)])
+            yield fill(batch, self.spec, epoch, index, index % NUM_CLASSES, box_fractions(boxes, *sizes), flips, photometry)
 
     def picture(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
         return np.random.Generator(np.random.Philox(key=[self.spec.seed, index + 1])).integers(

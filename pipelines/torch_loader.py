@@ -17,7 +17,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
-from cossl.pipelines.batch import Batch, LoaderSpec, assemble
+from cossl.pipelines.batch import Batch, LoaderSpec, fill
 from cossl.pipelines.beton import Beton, list_image_folder
 from cossl.pipelines.geometry import box_fractions, sample_views
 
@@ -76,8 +76,10 @@ class _Cutter(Dataset):
         boxes, flips, photometry = sample_views(self.spec.seed, epoch, np.array([index]), *sizes, self.rows)
         views = []
         for view, (top, left, h, w), flip in zip(self.spec.recipe, boxes[0], flips[0], strict=True):
-            cut = picture.crop((left, top, left + w, top + h)).resize((view.size_px,) * 2, Image.Resampling.BILINEAR)
-            pixels = np.asarray(cut)
+            # Columns first, always: Pillow 13 resizes rows first where that is quicker, which rounds some pixels otherwise.
+            size = view.size_px
+            wide = picture.crop((left, top, left + w, top + h)).resize((size, int(h)), Image.Resampling.BILINEAR)
+            pixels = np.asarray(wide.resize((size, size), Image.Resampling.BILINEAR))
             views.append(pixels[:, ::-1] if flip else pixels)
         return views, box_fractions(boxes, *sizes)[0], flips[0], photometry[0], index, self.pictures.labels[index]
 
@@ -116,8 +118,8 @@ class TorchLoader:
 
 
 def _collate(spec: LoaderSpec, epoch: int, samples: list[tuple]) -> Batch:
-    views, *columns = zip(*samples, strict=True)
-    groups, buffers = spec.buffers(len(samples))
-    for v, buffer in enumerate(buffers):
-        np.stack([sample[v] for sample in views], out=buffer)
-    return assemble(spec, epoch, groups, *(np.stack(column) for column in columns))
+    views, boxes, flips, photometry, index, label = zip(*samples, strict=True)
+    batch = spec.allocate(len(samples))
+    for v, canvas in enumerate(batch.canvases()):
+        np.stack([sample[v] for sample in views], out=canvas)
+    return fill(batch, spec, epoch, np.stack(index), np.stack(label), np.stack(boxes), np.stack(flips), np.stack(photometry))

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from cossl.pipelines.cut import SMALLEST_PX
+
 
 @dataclass(frozen=True)
 class ViewSpec:
@@ -32,8 +34,8 @@ class ViewSpec:
         low, high = self.area_frac
         if not 0 < low <= high <= 1:
             raise ValueError(f"crop area {self.area_frac}: expected 0 < smallest <= largest <= 1")
-        if self.size_px < 8:
-            raise ValueError(f"view size {self.size_px} px: expected at least 8")
+        if self.size_px < SMALLEST_PX:
+            raise ValueError(f"view size {self.size_px} px: expected at least {SMALLEST_PX}")
 
     def row(self) -> np.ndarray:
         """The same as one float64 row, in the order that `geometry.sample_views` reads."""
@@ -43,7 +45,7 @@ class ViewSpec:
 
 
 def _blurred(size_px: int, crop_min: float, jitter: float) -> ViewSpec:
-    """The common ground of BYOL's two views. Sigma 0.1 to 2.0 px is meant for 224 px and shrinks with the view."""
+    """The common ground of the recipes. Sigma 0.1 to 2.0 px is meant for 224 px and shrinks with the view."""
     if not 0 <= jitter <= 2.5:
         raise ValueError(f"colour jitter {jitter}: expected 0 (none) to 2.5 times BYOL's, where brightness reaches 0")
     shrink, s = size_px / 224, jitter
@@ -66,9 +68,23 @@ def symmetric(size_px: int = 224, crop_min: float = 0.08, jitter: float = 1.0) -
     return (view, view)
 
 
+def multi_crop(
+    size_px: int = 224, local_px: int = 96, jitter: float = 1.0, crop_split: float = 0.14, local_crops_number: int = 6
+) -> tuple[ViewSpec, ...]:
+    """Two global views of `crop_split` to all of the picture, and local ones of 0.05 to `crop_split` of it, blurred half of the time.
+
+    Sizes, number and areas are SwAV's (arXiv:2006.09882) and those of DINO's ResNet-50 command (arXiv:2104.14294); as in DINO view 1 is
+    always blurred, view 2 blurred 1 in 10 and solarized 1 in 5. Trap: DINO's own default is eight local views.
+    """
+    first, second = byol(size_px, crop_split, jitter)
+    local = replace(_blurred(local_px, crop_split, jitter), blur_p=0.5, area_frac=(0.05, crop_split))
+    return (first, second, *[local] * local_crops_number)
+
+
 def evaluation(size_px: int = 224, centre_frac: float = 224 / 256) -> tuple[ViewSpec, ...]:
     """The central square, unchanged: what resizing the shorter side to 256 and cutting the central 224 gives."""
     return (ViewSpec(size_px, flip_p=0, jitter_p=0, grayscale_p=0, centre_frac=centre_frac),)
 
 
 RECIPES: dict[str, Callable[[int, float, float], tuple[ViewSpec, ...]]] = {"byol": byol, "symmetric": symmetric}
+CROP_MINS = (0.05, 0.08, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the crop-size ablation: --views.crop-min, with any recipe of two views
