@@ -11,20 +11,24 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from cossl.pipelines.batch import Loader, LoaderSpec
 
-Backend = Literal["auto", "ffcv", "torch", "synthetic"]
+Backend = Literal["auto", "ffcv", "dali", "torch", "synthetic"]
 LOADERS: dict[str, tuple[str, str]] = {  # imported when chosen, so that a missing package hurts only who asks for it
     "ffcv": ("cossl.pipelines.ffcv_loader", "FfcvLoader"),
+    "dali": ("cossl.pipelines.dali_loader", "DaliLoader"),
     "torch": ("cossl.pipelines.torch_loader", "TorchLoader"),
     "synthetic": ("cossl.pipelines.synthetic", "SyntheticLoader"),
 }
 
 
 def find_split(data: Path, split: str, backend: str = "auto") -> Path:
-    """The pictures of `split` ("train" or "val") below `data`: <split>.beton if there is one, else the image folder <split>/."""
+    """The pictures of `split` ("train" or "val") below `data`: <split>.beton if there is one, else the image folder <split>/.
+
+    For the DALI loader the folder comes first: reading one is what it is for.
+    """
     if not data.exists():
         raise FileNotFoundError(f"--data {data} does not exist: give a folder with train.beton and val.beton, or with train/ and val/")
     beton, folder = data / f"{split}.beton", data / split
-    if beton.is_file():
+    if beton.is_file() and not (backend == "dali" and folder.is_dir()):
         return beton
     if folder.is_dir() and backend != "ffcv":
         return folder

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Install cossl into a virtual environment: sh tools/setup.sh [.venv]. `make setup` calls this once.
-# ffcv compiles against two Debian libraries. Where they are missing and cannot be installed, the rest is
-# installed all the same and the torch loader does ffcv's work; the line that would change this is printed.
+# ffcv compiles against two Debian libraries; DALI comes for Linux only (0.6 GB). Where one of them cannot be installed, the rest is
+# installed all the same and the torch loader does its work; the line that would change this is printed.
 set -eu
 venv=${1:-.venv}
 headers="pkg-config libturbojpeg0-dev libopencv-dev"
@@ -16,6 +16,10 @@ if ! have_headers && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; t
 fi
 echo "cossl setup: installing Python packages (about 7 GB with PyPI's CUDA build of torch)"
 "$venv/bin/python" -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[log,dev]"
+if ! "$venv/bin/python" -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dali]"; then
+    echo "cossl setup: WITHOUT DALI: --loader.backend dali will not run. To have it, run:"
+    echo "    $venv/bin/pip install -c constraints.txt -e '.[dali]'"
+fi
 if have_headers && "$venv/bin/python" -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[ffcv]"; then
     echo "cossl setup: ready, with ffcv"
 else
