@@ -30,6 +30,7 @@ _END_OF_BLOCK = 128  # a run that leaves the block
 _U0, _U1, _U56, _U63, _U64 = (np.uint64(n) for n in (0, 1, 56, 63, 64))
 _LOOK_SHIFT, _TWO, _THREE, _FIVE_BITS, _FOUR_BITS, _SIX_BITS = (np.uint64(n) for n in (64 - _LOOK, 2, 3, 31, 15, 63))
 _ONES, _TOPS, _ALL = (np.uint64(n) for n in (0x0101010101010101, 0x8080808080808080, 0xFFFFFFFFFFFFFFFF))
+_LARGEST = 8192  # eight times what a coefficient can be; libjpeg's shortcuts for empty rows differ from its formulas beyond that
 MARGIN = 512  # zeros behind the unstuffed data: more than one damaged block can consume
 OK, DECLINED = 0, 1
 
@@ -195,8 +196,8 @@ def _read_header(data, info, quant, tables, known):  # type: ignore[no-untyped-d
         elif marker == 0xDA:
             info[_SCAN] = end
             return order > 0 and _read_scan(data, start, end, order, info, defined)
-        elif marker < 0xC0 or 0xC1 < marker < 0xDD:
-            return False  # another kind of frame, arithmetic coding, or no segment at all
+        elif not (0xE0 <= marker <= 0xEF or marker == 0xFE):
+            return False  # neither an application's segment nor a comment: another kind of frame, arithmetic coding, damage
         if not fine:
             return False
         at = end
@@ -254,7 +255,7 @@ def _value(entry, bits):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _decode_block(at, bits, count, dc, ac, quant, predicted, places, lane):  # type: ignore[no-untyped-def]
-    """One block, dequantized; (at, bits, count, its DC, whether every code was one).
+    """One block, dequantized; (at, bits, count, its DC, whether every code was one and no coefficient beyond reason).
 
     at, dc, ac and quant are addresses: of the data, the two tables and the quantizers. places is that of _PLACE, which says how far from
     `lane` each coefficient goes. `bits` holds what follows, uppermost bit first; at least `count` of them are valid, and after a refill
@@ -271,7 +272,9 @@ def _decode_block(at, bits, count, dc, ac, quant, predicted, places, lane):  # t
     predicted += _value(entry, bits)
     bits <<= entry & _SIX_BITS
     count -= entry & _SIX_BITS
-    write_16(lane, predicted * read_32(quant))
+    coefficient = predicted * read_32(quant)
+    write_16(lane, coefficient)
+    extreme = coefficient + _LARGEST
     k = 1
     while k < 64:
         bits |= read_word_big_endian(at) >> count
@@ -290,9 +293,11 @@ def _decode_block(at, bits, count, dc, ac, quant, predicted, places, lane):  # t
         if k > 63:
             fine &= k >= _END_OF_BLOCK
             break
-        write_16(lane + read_32(places + 4 * k), value * read_32(quant + 4 * k))
+        coefficient = value * read_32(quant + 4 * k)
+        write_16(lane + read_32(places + 4 * k), coefficient)
+        extreme |= coefficient + _LARGEST
         k += 1
-    return at, bits, count, predicted, fine
+    return at, bits, count, predicted, fine and 0 <= extreme < 2 * _LARGEST
 
 
 @njit(cache=True, nogil=True)
