@@ -11,6 +11,7 @@ Safety   `beton_partial.py`: finished shards are journaled with their hashes, so
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import hashlib
 import multiprocessing
@@ -20,6 +21,7 @@ import time
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any, BinaryIO
@@ -167,9 +169,18 @@ class _Outbox:
             self._shards.popleft()
 
 
+def _keep_freed_memory() -> None:
+    """Tells glibc not to give freed payloads back to the kernel: taking the pages again costs a raw 224-px picture 60 us of 430."""
+    with suppress(AttributeError, OSError):  # another C library
+        mallopt, (trim_threshold, mmap_threshold) = ctypes.CDLL(None).mallopt, (-1, -3)
+        mallopt(mmap_threshold, 1 << 25)  # the most that glibc takes
+        mallopt(trim_threshold, 2 * HELD_BYTES)
+
+
 def _work(job: _Job, me: int, report: Connection) -> None:
     """One worker process: shard after shard until none is left. Reports each shard, then the end, or its one error."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends this process
+    _keep_freed_memory()
     gc.freeze()  # a collection would copy every page of the parent's memory that holds an object
     outbox = _Outbox(job, report)
     try:

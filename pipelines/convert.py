@@ -88,8 +88,7 @@ class FolderRows:
         self._files = np.array([os.fsencode(file) for file in files])
         self.options, self._decode = options, decode
         self._scratch = np.empty(0, dtype=np.uint8)
-        if options.mode != "raw":
-            self._decodes(np.frombuffer(b"no JPEG", np.uint8), 1, 1)  # compiles it here, once, and not in every worker
+        decode(np.frombuffer(b"no JPEG", np.uint8), 1, 1, np.empty((1, 1, 3), np.uint8))  # compiled here, once, not in every worker
 
     def __len__(self) -> int:
         return len(self._files)
@@ -111,8 +110,8 @@ class FolderRows:
             return _why_unreadable(data)
         except Image.DecompressionBombError:
             return "more than 179 million pixels"
-        except MemoryError:
-            raise  # the machine's fault, not the picture's
+        except (MemoryError, AttributeError, NameError):
+            raise  # the machine's fault or this program's, not the picture's
         except Exception as error:  # Pillow's decoders answer damage with OSError, Syntax-, Value-, Index-, Type-, struct and zlib errors
             return f"damaged: {error}"
 
@@ -133,8 +132,12 @@ class FolderRows:
             upright = _orientation(picture) == 1
             plain = picture.format in ("JPEG", "MPO") and picture.mode == "RGB" and upright and max(width, height) <= limit
             payload = np.frombuffer(data, dtype=np.uint8)
-            if as_jpeg and plain and self._decodes(payload, height, width):
-                return Row(JPG, height, width, payload, "original bytes")
+            if plain and self._decode(payload, height, width, pixels := self._room(height, width, keep=not as_jpeg)):
+                return (
+                    Row(JPG, height, width, payload, "original bytes")
+                    if as_jpeg
+                    else Row(RAW, height, width, pixels.reshape(-1), "raw pixels")
+                )
             picture.load()
             if as_jpeg and plain and picture.info.get("progressive"):
                 return Row(JPG, height, width, payload, "original bytes")
@@ -149,10 +152,13 @@ class FolderRows:
             rgb.save(target, "JPEG", quality=self.options.jpeg_quality)
             return Row(JPG, rgb.height, rgb.width, np.frombuffer(target.getbuffer(), dtype=np.uint8), "re-encoded")
 
-    def _decodes(self, payload: NDArray[np.uint8], height: int, width: int) -> bool:
+    def _room(self, height: int, width: int, *, keep: bool) -> NDArray[np.uint8]:
+        """Memory for a picture's pixels; the next call may overwrite it unless it is to keep."""
+        if keep:
+            return np.empty((height, width, 3), np.uint8)
         if self._scratch.size < height * width * 3:
             self._scratch = np.empty(height * width * 3, dtype=np.uint8)
-        return self._decode(payload, height, width, self._scratch[: height * width * 3].reshape(height, width, 3))
+        return self._scratch[: height * width * 3].reshape(height, width, 3)
 
 
 def _orientation(picture: Image.Image) -> int:
