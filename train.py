@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -34,7 +33,7 @@ from cossl.models.rf_resnet import position_grid
 from cossl.pipelines import Backend, choose_backend, find_split, make_loader
 from cossl.pipelines import views as view_recipes
 from cossl.pipelines.augment import augment, normalize
-from cossl.pipelines.batch import Batch, Loader, LoaderSpec
+from cossl.pipelines.batch import Batch, Loader, LoaderSpec, Order, to_device
 from cossl.pipelines.convert import convert
 from cossl.pipelines.demo_set import make_demo_set
 from cossl.pipelines.picture import draw_batch, draw_curves
@@ -73,9 +72,15 @@ class LoaderConfig:
     """How pictures are read."""
 
     backend: Backend = "auto"
-    """auto: ffcv for a beton where ffcv is installed, else torch. synthetic: random pixels, for speed tests."""
+    """auto: ffcv for a beton, torch for an image folder. dali: NVIDIA's, for folders. synthetic: random pixels, for speed tests."""
     workers: int = 2
-    """Threads (ffcv) or processes (torch) that decode; never changes a result."""
+    """Threads (ffcv, dali) or processes (torch) that decode; never changes a result."""
+    batches_ahead: int = 3
+    """Batches kept ready (ffcv, dali)."""
+    order: Order = "random"
+    """random, or pages: half a GiB of the beton at a time, read in long runs: for disks that cannot seek and sets larger than memory."""
+    os_cache: bool = True
+    """False, with --loader.order pages: the beton does not fit into memory, so its pages are dropped once used."""
 
 
 @dataclass(frozen=True)
@@ -186,14 +191,11 @@ def cache_dir() -> Path:
 
 
 def demo_data() -> Path:
-    """Folder of the demo pictures, generated and converted the first time. Without ffcv it holds no betons: the folders serve."""
+    """Folder of the demo pictures, generated and converted the first time."""
     root = make_demo_set(cache_dir())
-    if find_spec("ffcv"):
-        for split in ("train", "val"):
-            if not (root / f"{split}.beton").is_file():
-                convert(root / split, root / f"{split}.beton", num_workers=os.cpu_count() or 1)
-    else:
-        say(f"ffcv is not installed: the torch loader reads the pictures from {root}")
+    for split in ("train", "val"):
+        if not (root / f"{split}.beton").is_file():
+            convert(root / split, root / f"{split}.beton", num_workers=os.cpu_count() or 1)
     return root
 
 
@@ -205,7 +207,8 @@ def open_loaders(config: Config, positions: PositionSpec) -> tuple[Loader, Loade
         raise ValueError("--data is missing: give a folder with train.beton and val.beton (see `cossl convert`), or with train/ and val/")
     train, val = (data if synthetic else find_split(data, split, backend) for split in ("train", "val"))
     recipe = view_recipes.RECIPES[config.views.recipe](config.views.size_px, config.views.crop_min, config.views.jitter)
-    seen = LoaderSpec(recipe, config.batch_size, config.seed, positions, workers)
+    ahead, order, os_cache = config.loader.batches_ahead, config.loader.order, config.loader.os_cache
+    seen = LoaderSpec(recipe, config.batch_size, config.seed, positions, workers, ahead, order=order, os_cache=os_cache)
     plain = LoaderSpec(view_recipes.evaluation(config.eval_px), 256, workers=workers, shuffle=False)
     loaders = [make_loader(backend, source, spec) for source, spec in [(train, seen), (train, plain), (val, plain)]]
     if loaders[1].class_names != loaders[2].class_names:
@@ -216,7 +219,7 @@ def open_loaders(config: Config, positions: PositionSpec) -> tuple[Loader, Loade
 
 # ------------------------------------------------------------------------------------------------- its folder
 
-RESUME_MAY_CHANGE = ("data", "run_dir", "resume", "eval_px", "log_every", "checkpoint_every", "loader.workers")
+RESUME_MAY_CHANGE = "data run_dir resume eval_px log_every checkpoint_every loader.workers loader.batches_ahead loader.os_cache".split()
 
 
 def say(line: str) -> None:
@@ -329,8 +332,7 @@ def train(config: Config, model: CoByol, loader: Loader, device: torch.device, r
     with open(run_dir / "metrics.jsonl", "a") as metrics:
         while step < total:
             epoch, first = divmod(step, steps_per_epoch)
-            for batch in loader.epoch(epoch, first):
-                batch = batch.to(device)
+            for batch in to_device(loader.epoch(epoch, first), device):
                 lr, tau = learning_rate(step, total, warmup, peak), ema_tau(step, total, config.optim.ema_tau)
                 terms = step_(model, forward, optimizer, batch, config, lr, tau)
                 step += 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -40,10 +39,10 @@ def find_split(data: Path, split: str, backend: str = "auto") -> Path:
 
 
 def choose_backend(backend: str, source: Path) -> str:
-    """What `auto` means for these pictures: ffcv for a beton where ffcv is installed, else torch."""
+    """What `auto` means for these pictures: ffcv for a beton, torch for an image folder."""
     if backend != "auto":
         return backend
-    return "ffcv" if source.is_file() and find_spec("ffcv") else "torch"
+    return "ffcv" if source.is_file() else "torch"
 
 
 def make_loader(backend: str, source: Path, spec: LoaderSpec) -> Loader:

@@ -108,8 +108,8 @@ class LoaderSpec:
     shuffle: bool = True
     """Training: a new order every epoch, the last incomplete batch dropped. Else: file order, every picture once."""
     order: Order = "random"
-    """random: any permutation. pages: WINDOW_PAGES pages of the file at a time, in a new order every epoch, and any permutation of their
-    pictures: a disk is read in long runs, once an epoch. `cossl convert` lays pictures down in a random order, so that windows mix classes."""
+    """random: any permutation. pages: WINDOW_PAGES pages of the beton at a time, in a new order every epoch, and any permutation of their
+    pictures: a disk is read in long runs, once an epoch. `cossl convert` lays pictures down at random, so that windows mix classes."""
     os_cache: bool = True
     """False, for order "pages": the set is larger than memory, and its pages are asked for ahead of their turn and dropped behind it."""
     rank: int = 0
@@ -133,7 +133,10 @@ class LoaderSpec:
             near = self.batch_size // self.world_size * self.world_size or self.world_size
             raise ValueError(f"batch size {self.batch_size} does not divide among {self.world_size} ranks: use --batch-size {near}")
 
-    def steps(self, num_samples: int) -> int:
+    def steps(self, num_samples: int, pages: Int[np.ndarray, " n"] | None = None) -> int:
+        """Steps of an epoch. `pages` are those of the samples in their file; an image folder has none."""
+        if self.shuffle and self.order == "pages" and pages is None:
+            raise ValueError("order 'pages' goes by the pages of a beton, and these pictures are none: convert them, or use order random")
         if not num_samples:
             raise ValueError("the picture set is empty: nothing to load")
         if not self.shuffle:
@@ -163,7 +166,7 @@ class LoaderSpec:
         if not self.shuffle:
             return np.arange(num_samples)
         random = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-        if self.order == "random" or pages is None:
+        if pages is None or self.order == "random":
             return random.permutation(num_samples)
         _, page = np.unique(pages, return_inverse=True)
         turn = random.permutation(page.max() + 1)[page]  # when each sample's page has its turn
@@ -176,13 +179,39 @@ class LoaderSpec:
     ) -> Iterator[Int[np.ndarray, " b"]]:
         """This rank's part of every batch from `start_step` on. With order "pages" a batch is sorted by page, so a rank touches few."""
         order = self.order_of(num_samples, epoch, pages)
-        for step in range(start_step, self.steps(num_samples)):
+        for step in range(start_step, self.steps(num_samples, pages)):
             joint = order[step * self.batch_size : (step + 1) * self.batch_size]
             if self.shuffle and self.order == "pages" and pages is not None:
                 joint = joint[np.argsort(pages[joint], kind="stable")]
             part = joint[self.rank * len(joint) // self.world_size : (self.rank + 1) * len(joint) // self.world_size]
             if len(part):
                 yield part
+
+
+def to_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The same batches on `device`. To a GPU each is copied on a stream of its own while the one before is used: one batch ahead."""
+    if device.type != "cuda":
+        for batch in batches:
+            yield batch.to(device)
+        return
+    copying, ready = torch.cuda.Stream(device), None
+    for batch in batches:
+        with torch.cuda.stream(copying):
+            moved = batch.to(device)
+            copied = copying.record_event()
+        if ready is not None:
+            yield _arrived(*ready)
+        ready = moved, copied
+    if ready is not None:
+        yield _arrived(*ready)
+
+
+def _arrived(batch: Batch, copied: torch.cuda.Event) -> Batch:
+    """The batch, once the current stream waits for its copy; its memory is not used again before that stream is done with it."""
+    stream = torch.cuda.current_stream(batch.memory.device)
+    stream.wait_event(copied)
+    batch.memory.record_stream(stream)
+    return batch
 
 
 class Blocks:

@@ -76,10 +76,10 @@ class Beton:
             if size < HEADER.itemsize:
                 raise self._refused(f"{size} bytes are no beton")
             # Read-only map; numpy keeps it alive as long as a view does.
-            self._bytes = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
+            self.bytes = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
         self.manifest = self._read_manifest(size)
         self.class_names: tuple[str, ...] = tuple(self.manifest["class_names"]) if self.manifest else ()
-        header = self._bytes[: HEADER.itemsize].view(HEADER)[0]
+        header = self.bytes[: HEADER.itemsize].view(HEADER)[0]
         if header["version"] != 2 or not 2 <= header["num_fields"] <= 64:
             raise self._refused("no ffcv version 2 header")
         self.page_bytes, n = int(header["page_size"]), int(header["num_samples"])
@@ -89,6 +89,7 @@ class Beton:
         self.modes, self.labels = np.ascontiguousarray(table[0]["mode"]), np.ascontiguousarray(table[1])
         self.heights, self.widths = table[0]["height"].astype(np.int64), table[0]["width"].astype(np.int64)
         self.starts = table[0]["data_ptr"].astype(np.int64)
+        self.pages = self.starts // self.page_bytes
         self.sizes = self._allocations(int(header["alloc_table_ptr"]), n, size, end)
 
     def __len__(self) -> int:
@@ -102,7 +103,7 @@ class Beton:
 
     def payload(self, i: int) -> NDArray[np.uint8]:
         """The JPEG file or the raw pixels (height * width * 3) of row i, without a copy; any page may have to come from disk."""
-        return self._bytes[self.starts[i] : self.starts[i] + self.sizes[i]]
+        return self.bytes[self.starts[i] : self.starts[i] + self.sizes[i]]
 
     def open(self, i: int) -> Image.Image:
         """Row i decoded by Pillow, RGB. Raises ValueError when the payload does not decode to its stated size."""
@@ -141,21 +142,21 @@ class Beton:
         start = HEADER.itemsize + num_fields * FIELD.itemsize
         if start > size:
             raise self._refused("cut inside the field descriptors")
-        types = self._bytes[HEADER.itemsize : start].view(FIELD)["type_id"].tolist()
+        types = self.bytes[HEADER.itemsize : start].view(FIELD)["type_id"].tolist()
         if types.count(2) != 1 or types.count(1) != 1 or not set(types) <= set(FIELD_TYPES):
             raise ValueError(f"{self.path} has fields of types {types}; cossl reads betons of one image and one integer field (the label)")
         row = np.dtype([("", FIELD_TYPES[kind]) for kind in types], align=True)
         end = start + n * row.itemsize
         if end > size:
             raise self._refused(f"cut inside the table of its {n:,} rows")
-        table = self._bytes[start:end].view(row)
+        table = self.bytes[start:end].view(row)
         return (table[f"f{types.index(2)}"], table[f"f{types.index(1)}"]), end
 
     def _allocations(self, table_at: int, n: int, size: int, data_from: int) -> NDArray[np.int64]:
         """Bytes of each row's payload. The allocation table is the last thing written: a conversion that was cut short has none."""
         if table_at == 0 or table_at + n * ALLOCATION.itemsize != size:
             raise self._refused(f"its {size:,} bytes do not end with the allocation table of its {n:,} rows (cut off, or never finished)")
-        table = self._bytes[table_at:size].view(ALLOCATION)
+        table = self.bytes[table_at:size].view(ALLOCATION)
         rows, starts, lengths = (table[name].astype(np.int64) for name in ("sample_id", "ptr", "size"))
         if not np.array_equal(np.sort(rows), np.arange(n)):
             raise self._refused("its allocation table does not name every row once")

@@ -128,7 +128,9 @@ def cut(planes, tall, top, left, height, width, flip, out, size, space):  # type
 def planes_of(pixels, width, box, planes):  # type: ignore[no-untyped-def]
     """Fills planes with box = (left, top, right, bottom) of a picture `width` wide, given as flat bytes of RGB."""
     left, top, right, bottom = box
-    transpose(address(pixels) + 3 * (top * width + left), 3 * width, address(planes), stride_of(bottom - top), bottom - top, 3 * (right - left))
+    transpose(
+        address(pixels) + 3 * (top * width + left), 3 * width, address(planes), stride_of(bottom - top), bottom - top, 3 * (right - left)
+    )
 
 
 def workspace(longest_px: int, size: int) -> tuple[Any, ...]:

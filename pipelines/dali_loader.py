@@ -165,7 +165,7 @@ class DaliLoader:
         self._prime()
 
     def __len__(self) -> int:
-        return self.spec.steps(len(self.pictures))
+        return self.spec.steps(len(self.pictures), self.pictures.pages)
 
     @property
     def num_samples(self) -> int:
@@ -174,7 +174,7 @@ class DaliLoader:
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         steps: deque[_Step] = deque()  # the newest is being read, the others are being rendered
         try:
-            for index in self.spec.batches(self.num_samples, epoch, start_step):
+            for index in self.spec.batches(self.num_samples, epoch, start_step, self.pictures.pages):
                 steps.append(_Step(index, epoch, self._read(index)))
                 if len(steps) > 1:
                     self._render(steps[-2])
@@ -256,7 +256,9 @@ class DaliLoader:
     def _batch(self, step: _Step, outputs: Sequence[Any]) -> Batch:
         """The batch in memory of its own: on the GPU if there is one, where `Batch.to` then leaves it."""
         count, labels = len(step.index), self.pictures.labels[step.index]
-        batch = fill(self.spec.allocate(count, self._blocks), self.spec, step.epoch, step.index, labels, *step.geometry)
+        batch = fill(
+            self.spec.allocate(count, None if self._gpu else self._blocks), self.spec, step.epoch, step.index, labels, *step.geometry
+        )
         if self._gpu:
             there = self.spec.allocate(count, lambda size: torch.empty(size, dtype=torch.uint8, device=self._gpu))
             for name in (field.name for field in fields(Batch) if field.name not in ("memory", "views")):

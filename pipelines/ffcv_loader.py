@@ -104,7 +104,8 @@ def _render(data, rows, boxes, flips, sizes, targets, first, last, planes, space
     """
     for b in range(first, last):
         start, size, raw, height, width = rows[b]
-        union = (boxes[b, :, 1].min(), boxes[b, :, 0].min(), (boxes[b, :, 1] + boxes[b, :, 3]).max(), (boxes[b, :, 0] + boxes[b, :, 2]).max())
+        top, left, bottom, right = boxes[b, :, 0], boxes[b, :, 1], boxes[b, :, 0] + boxes[b, :, 2], boxes[b, :, 1] + boxes[b, :, 3]
+        union = (left.min(), top.min(), right.max(), bottom.max())
         payload = data[start : start + size]
         outcome[b] = _OK
         if raw:
@@ -150,7 +151,6 @@ class FfcvLoader:
         self.class_names = tuple(self.beton.class_names)
         beton = self.beton
         self._rows = np.stack([beton.starts, beton.sizes, beton.modes == RAW, beton.heights, beton.widths], 1).astype(np.int64)
-        self._pages = beton.starts // beton.page_bytes
         self._recipe = np.stack([view.row() for view in spec.recipe])
         self._sizes = np.array([view.size_px for view in spec.recipe])
         self._space, self._blocks = _Workspace(), Blocks()
@@ -158,7 +158,7 @@ class FfcvLoader:
         len(self)
 
     def __len__(self) -> int:
-        return self.spec.steps(len(self.beton))
+        return self.spec.steps(len(self.beton), self.beton.pages)
 
     @property
     def num_samples(self) -> int:
@@ -166,7 +166,7 @@ class FfcvLoader:
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         waiting: deque[tuple[list[Future[None]], Batch]] = deque()
-        steps = self.spec.batches(self.num_samples, epoch, start_step, self._pages)
+        steps = self.spec.batches(self.num_samples, epoch, start_step, self.beton.pages)
         try:
             for index in steps if self.spec.os_cache or not self.spec.shuffle else self._read_ahead(list(steps)):
                 waiting.append(self._start(epoch, index))
@@ -183,7 +183,7 @@ class FfcvLoader:
         """The same steps; the kernel is told which pages of the file come within a window, and which will not be needed again."""
         first, last = {}, {}
         for step, index in enumerate(steps):
-            for page in np.unique(self._pages[index]).tolist():
+            for page in np.unique(self.beton.pages[index]).tolist():
                 first.setdefault(page, step)
                 last[page] = step
         coming, going = sorted(first, key=first.__getitem__, reverse=True), sorted(last, key=last.__getitem__, reverse=True)

@@ -25,6 +25,8 @@ from cossl.pipelines.geometry import box_fractions, sample_views
 class Folder:
     """Pictures of an image folder (`<root>/<class>/<file>`), labels by sorted class name."""
 
+    pages = None
+
     def __init__(self, root: Path):
         files, labels, names = list_image_folder(root)
         self.files, self.labels, self.class_names = files, np.asarray(labels, np.int64), tuple(names)
@@ -49,7 +51,7 @@ class BetonPictures:
 
     def __init__(self, path: Path):
         self.beton = Beton(path)
-        self.labels, self.class_names = self.beton.labels, tuple(self.beton.class_names)
+        self.labels, self.class_names, self.pages = self.beton.labels, tuple(self.beton.class_names), self.beton.pages
 
     def __len__(self) -> int:
         return len(self.beton)
@@ -93,19 +95,19 @@ class TorchLoader:
     def __init__(self, path: Path, spec: LoaderSpec):
         self.pictures, self.spec = open_pictures(path), spec
         self.class_names = self.pictures.class_names
-        spec.steps(len(self.pictures))
+        len(self)
         self._cutter = _Cutter(self.pictures, spec)
         self._cutter[0, 0]  # compiles the geometry here, so that the forked workers inherit it
 
     def __len__(self) -> int:
-        return self.spec.steps(len(self.pictures))
+        return self.spec.steps(len(self.pictures), self.pictures.pages)
 
     @property
     def num_samples(self) -> int:
         return len(self.pictures)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        keys = [[(epoch, int(i)) for i in batch] for batch in self.spec.batches(self.num_samples, epoch, start_step)]
+        keys = [[(epoch, int(i)) for i in batch] for batch in self.spec.batches(self.num_samples, epoch, start_step, self.pictures.pages)]
         collate = partial(_collate, self.spec, epoch)
         pin = torch.cuda.is_available()
         yield from DataLoader(self._cutter, batch_sampler=keys, num_workers=self.spec.workers, collate_fn=collate, pin_memory=pin)

@@ -16,6 +16,7 @@ from cossl.pipelines import jpeg
 from cossl.pipelines.cut import LANES, cut, planes_of, stride_of
 from cossl.pipelines.cut import workspace as cut_workspace
 
+OPTIONS = [{"quality": 90}, {"quality": 5}, {"quality": 100, "optimize": True}, {"quality": 75, "restart_marker_blocks": 3}]
 SIZES = [(64, 48), (1, 1), (5, 1), (7, 9), (8, 8), (16, 16), (17, 33), (123, 77), (40, 250)]
 
 
@@ -47,7 +48,9 @@ def boxed(data: bytes, height: int, width: int, box: tuple[int, int, int, int]) 
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("options", [{"quality": 90}, {"quality": 5}, {"quality": 100, "optimize": True}, {"quality": 75, "restart_marker_blocks": 3}])
+@pytest.mark.parametrize(
+    "options", [{"quality": 90}, {"quality": 5}, {"quality": 100, "optimize": True}, {"quality": 75, "restart_marker_blocks": 3}]
+)
 @pytest.mark.parametrize("subsampling", [0, 1, 2, "grey"])
 def test_pixels_are_pillows(size: tuple[int, int], options: dict, subsampling: int | str) -> None:
     image = photo(*size)

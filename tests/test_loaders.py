@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import threading
+import gc
+import multiprocessing
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -18,7 +20,7 @@ from PIL import Image
 
 from cossl.pipelines import LOADERS, choose_backend, find_split, make_loader
 from cossl.pipelines.augment import _ORDERS, IMAGENET_MEAN, IMAGENET_STD, augment, augment_tensors, blur_radius, normalize
-from cossl.pipelines.batch import Batch, Loader, LoaderSpec
+from cossl.pipelines.batch import WINDOW_PAGES, Batch, Blocks, Loader, LoaderSpec, to_device
 from cossl.pipelines.positions import PositionSpec
 from cossl.pipelines.views import ViewSpec, byol, evaluation, multi_crop
 
@@ -145,19 +147,132 @@ def test_batches_may_be_kept(backend: str, open_loader) -> None:
     assert all(torch.equal(batch.views[0], copy) for batch, copy in zip(kept, copies, strict=True))
 
 
-def test_abandoned_epochs_leave_no_thread(backend: str, open_loader) -> None:
-    loader = open_loader(backend)
-    next(iter(loader.epoch(0)))
-    before = threading.active_count()
-    for epoch in range(20 if backend == "torch" else 200):
+def resources() -> tuple[int, int, int]:
+    """Threads, open files and resident MiB of this process, once threads that were told to end have had a moment."""
+    gc.collect()
+    time.sleep(0.2)
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
+    return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd")), resident
+
+
+def test_a_thousand_abandoned_epochs_leave_nothing_behind(backend: str, open_loader) -> None:
+    """The torch loader without worker processes, which take 20 ms each to start; with them 30 epochs."""
+    spec = LoaderSpec(byol(32, 0.3), batch_size=8, workers=0 if backend == "torch" else 2, positions=None)
+    loader = open_loader(backend, spec)
+    for epoch in range(50):
         next(iter(loader.epoch(epoch)))
-    deadline = time.monotonic() + 5  # the last epoch's thread is told to end, and takes a moment
-    while threading.active_count() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert threading.active_count() <= before
+    before = resources()
+    for epoch in range(1000):
+        next(iter(loader.epoch(epoch)))
+    after = resources()
+    assert after[0] <= before[0]
+    assert after[1] <= before[1]
+    assert after[2] <= before[2] + 16
 
 
-@pytest.mark.parametrize("recipe", [byol(48, 0.3), multi_crop(48, 32, local_crops_number=3), evaluation(32)], ids=["pair", "multi-crop", "eval"])
+def test_abandoned_worker_processes_end(open_loader) -> None:
+    loader = open_loader("torch", replace(SPEC, workers=1))
+    next(iter(loader.epoch(0)))
+    before = resources()
+    for epoch in range(30):
+        next(iter(loader.epoch(epoch)))
+    assert not multiprocessing.active_children()
+    after = resources()
+    assert after[0] <= before[0]
+    assert after[1] <= before[1]
+
+
+def test_memory_is_used_again_only_when_nothing_refers_to_it() -> None:
+    blocks = Blocks()
+    first = blocks(100)
+    kept, where = first[:10], first.data_ptr()
+    del first
+    assert blocks(100).data_ptr() != where
+    del kept
+    assert where in (blocks(100).data_ptr(), blocks(100).data_ptr())
+
+
+def test_a_batch_lies_in_one_block_and_moves_as_one(backend: str, open_loader) -> None:
+    batch = next(iter(open_loader(backend).epoch(0)))
+    start, end = batch.memory.data_ptr(), batch.memory.data_ptr() + batch.memory.numel()
+    for f in fields(Batch)[2:]:
+        assert start <= getattr(batch, f.name).data_ptr() < end
+    copy = batch._over(batch.memory.clone())
+    assert_same(copy, batch)
+    assert copy.views[0].data_ptr() != batch.views[0].data_ptr()
+    assert copy.split()[0].is_contiguous(memory_format=torch.channels_last)
+    (arrived,) = to_device(iter([batch]), torch.device("cpu"))
+    assert_same(arrived, batch)
+
+
+def test_order_by_pages(betons: Path) -> None:
+    """A window of pages at a time, every sample once, another order each epoch; ranks touch few pages and deal out the same batches."""
+    pages = np.random.default_rng(0).integers(0, 300, 4000)
+    spec = replace(SPEC, order="pages", batch_size=100, positions=None)
+    first, second = (spec.order_of(4000, epoch, pages) for epoch in (0, 1))
+    assert not np.array_equal(first, second)
+    for order in (first, second):
+        assert np.array_equal(np.sort(order), np.arange(4000))
+        done: set[int] = set()
+        for window in np.split(pages[order], np.flatnonzero(np.diff([_window(order, pages, i) for i in range(4000)])) + 1):
+            assert len(set(window)) <= WINDOW_PAGES
+            assert not done & set(window)
+            done |= set(window)
+    joint = list(spec.batches(4000, 3, 5, pages))
+    parts = [list(replace(spec, rank=rank, world_size=4).batches(4000, 3, 5, pages)) for rank in range(4)]
+    touched = [len(np.unique(pages[np.concatenate(part[:5])])) for part in parts]
+    assert max(touched) <= WINDOW_PAGES
+    for step, whole in enumerate(joint):
+        np.testing.assert_array_equal(np.concatenate([part[step] for part in parts]), whole)
+        assert max(len(np.unique(pages[part[step]])) for part in parts) <= 26  # 25 samples each, of neighbouring pages
+
+
+def _window(order: np.ndarray, pages: np.ndarray, place: int) -> int:
+    """Which window a place of the order lies in: WINDOW_PAGES pages, in the order in which they first appear."""
+    _, first = np.unique(pages[order], return_index=True)
+    return int(np.searchsorted(np.sort(first), place, side="right") - 1) // WINDOW_PAGES
+
+
+def test_a_set_larger_than_memory_streams_through_it(open_loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty pages of four pictures, windows of four pages: each is asked for before its first batch and dropped after its last."""
+    spec, told = replace(SPEC, order="pages", batches_ahead=0, batch_size=8), []
+    loaders = [open_loader("ffcv", spec), open_loader("ffcv", replace(spec, os_cache=False)), open_loader("torch", spec)]
+    for module in ("batch", "ffcv_loader"):
+        monkeypatch.setattr(f"cossl.pipelines.{module}.WINDOW_PAGES", 4)
+    for loader in loaders:
+        beton = loader.pictures.beton if hasattr(loader, "pictures") else loader.beton
+        beton.pages, beton.page_bytes = np.arange(80) // 4, 1 << 20
+    loaders[2].pictures.pages = loaders[0].beton.pages
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, at, size, advice: told.append((at >> 20, advice)))
+    held, most, left = set(), 0, set()
+    for cached, streamed, pil in zip(*(loader.epoch(1) for loader in loaders), strict=True):
+        assert_same(cached, streamed)
+        assert_same(cached, pil)
+        for page, advice in told:
+            (held.add if advice == os.POSIX_FADV_WILLNEED else held.remove)(page)
+            left |= {page} if advice == os.POSIX_FADV_DONTNEED else set()
+        told.clear()
+        pages = set((streamed.index // 4).tolist())
+        assert pages <= held
+        assert not pages & left
+        most = max(most, len(held))
+    assert most <= 2 * 4
+    assert len(left) >= 12
+
+
+def test_impossible_orders_are_refused(open_loader) -> None:
+    with pytest.raises(ValueError, match="use order pages"):
+        replace(SPEC, os_cache=False)
+    with pytest.raises(ValueError, match="expected one of random, pages"):
+        replace(SPEC, order="any")
+    with pytest.raises(ValueError, match="these pictures are none"):
+        open_loader("torch", replace(SPEC, order="pages"), folder=True)
+
+
+PARITY = {"pair": byol(48, 0.3), "multi-crop": multi_crop(48, 32, local_crops_number=3), "eval": evaluation(32)}
+
+
+@pytest.mark.parametrize("recipe", PARITY.values(), ids=PARITY)
 def test_ffcv_equals_the_reference_bit_for_bit(open_loader, recipe: tuple[ViewSpec, ...]) -> None:
     spec = replace(SPEC, recipe=recipe, positions=None)
     for ours, expected in zip(open_loader("ffcv", spec).epoch(0), open_loader("torch", spec).epoch(0), strict=True):
