@@ -139,6 +139,22 @@ def test_a_pointer_outside_the_file_is_refused(beton):
         Beton(beton)
 
 
+def test_verify_looks_at_every_place(beton):
+    """Two payloads that share bytes, and one across two pages: what a file with good hashes may hold all the same."""
+    good = beton.read_bytes()
+    data, starts = np.fromfile(beton, dtype=np.uint8), Beton(beton).starts
+    data[: HEADER.itemsize].view(HEADER)["page_size"] = 1 << 10
+    data.tofile(beton)
+    with pytest.raises(ValueError, match=r"row \d+ overlaps another or the end of a page"):
+        verify(beton)
+    first, second = np.argsort(starts)[:2]
+    moved = good.replace(int(starts[second]).to_bytes(8, "little"), int(starts[first] + 1).to_bytes(8, "little"))
+    assert len(moved) == len(good)
+    beton.write_bytes(moved)
+    with pytest.raises(ValueError, match=rf"row ({first}|{second}) overlaps another"):
+        verify(beton)
+
+
 def test_verify_finds_every_flipped_byte(beton):
     good, size = beton.read_bytes(), beton.stat().st_size
     table = int(np.frombuffer(good[:24], HEADER)["alloc_table_ptr"][0])

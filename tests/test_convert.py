@@ -139,6 +139,13 @@ def test_a_picture_that_vanishes_ends_the_conversion(folder, tmp_path, monkeypat
     assert resumes_to_the_same(folder, out)
 
 
+def test_a_fault_of_the_program_is_no_damaged_picture(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(FolderRows, "_room", lambda self, *size, keep: self.nothing)
+    with pytest.raises(RuntimeError, match=r"writing failed at .*jpg: AttributeError: .*nothing"):
+        convert(folder, tmp_path / "set.beton", num_workers=2, progress=False)
+    assert nothing_left(tmp_path / "set.beton")
+
+
 def test_a_picture_that_changes_under_the_conversion_is_quarantined(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(Trap, "spring", lambda self: self.file(7).write_bytes(b"") and None)
     monkeypatch.setattr(conversion, "FolderRows", Trap)

@@ -155,16 +155,33 @@ def test_any_number_of_workers_writes_the_same(folder, tmp_path, expected, num_w
 
 @pytest.mark.parametrize("num_workers", [1, 3])
 def test_a_worker_that_may_hold_little_writes_the_same(folder, tmp_path, expected, monkeypatch, num_workers):
+    held, write = multiprocessing.get_context("fork").Value("q", 0), writer._Outbox.write
+
+    def watched(outbox, most_bytes: int) -> None:
+        held.value = max(held.value, outbox.held_bytes)
+        write(outbox, most_bytes)
+
+    monkeypatch.setattr(writer._Outbox, "write", watched)
     monkeypatch.setattr(writer, "HELD_BYTES", 3000)
     convert(folder, tmp_path / "set.beton", mode="proportion", num_workers=num_workers, progress=False)
+    assert content(tmp_path / "set.beton") == expected
+    assert 3000 < held.value <= 3000 + Beton(tmp_path / "set.beton").sizes.max()
+
+
+def test_a_disk_that_takes_a_write_in_pieces(folder, tmp_path, expected, monkeypatch):
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, at: pwrite(file, data[:1000], at))
+    convert(folder, tmp_path / "set.beton", mode="proportion", num_workers=2, progress=False)
     assert content(tmp_path / "set.beton") == expected
 
 
 class SlowRows(FolderRows):
-    """Two milliseconds a picture, so that a kill finds it at work."""
+    """Slow enough that a kill finds it at work."""
+
+    seconds = 0.002
 
     def __getitem__(self, i: int):
-        time.sleep(0.002)
+        time.sleep(self.seconds)
         return super().__getitem__(i)
 
 
@@ -182,13 +199,13 @@ def start(folder: Path, out: Path, prepare: Callable[[], object], **options) -> 
     return process
 
 
-def kill_when(process: multiprocessing.process.BaseProcess, ready: Callable[[], bool]) -> None:
-    """SIGKILL for the whole group as soon as `ready`."""
+def kill_when(process: multiprocessing.process.BaseProcess, ready: Callable[[], bool], by: signal.Signals = signal.SIGKILL) -> None:
+    """A signal for the whole group as soon as `ready`."""
     assert process.pid is not None
     while os.getpgid(process.pid) != process.pid or not ready():
         assert process.is_alive()
         time.sleep(0.0005)
-    os.killpg(process.pid, signal.SIGKILL)
+    os.killpg(process.pid, by)
     process.join()
 
 
@@ -267,7 +284,7 @@ def killed(folder, tmp_path) -> Path:
     return out
 
 
-@pytest.mark.parametrize("damage", ["first shard", "last shard", "cut beton", "no beton", "torn line", "line of zeros"])
+@pytest.mark.parametrize("damage", ["first shard", "last shard", "cut beton", "no beton", "torn line", "line without end", "line of zeros"])
 def test_what_a_power_failure_tore_is_done_again(damage, killed, folder, expected, monkeypatch):
     beton, journal = (killed.with_name(f".{killed.name}.partial") / name for name in ("beton", "journal"))
     lines = journal.read_bytes().splitlines(keepends=True)
@@ -285,6 +302,9 @@ def test_what_a_power_failure_tore_is_done_again(damage, killed, folder, expecte
         trusted = 2
     elif damage == "torn line":
         lines[-1] = lines[-1][: len(lines[-1]) // 2]
+        trusted = len(lines) - 2
+    elif damage == "line without end":
+        lines[-1] = lines[-1].removesuffix(b"\n")
         trusted = len(lines) - 2
     elif damage == "line of zeros":
         lines[2] = bytes(len(lines[2]) - 1) + b"\n"
@@ -315,8 +335,10 @@ def test_an_unfinished_conversion_is_not_lost_by_a_slip(killed, folder, expected
         with pytest.raises(ValueError, match=message):
             convert(folder, killed, **{"mode": "proportion", **options}, num_workers=1, progress=False)
         assert journaled(killed) >= 3
-    convert(folder, killed, mode="proportion", overwrite=True, num_workers=1, progress=False)
-    assert content(killed) == expected
+    convert(folder, killed, overwrite=True, num_workers=1, progress=False)
+    clean = content(killed)
+    convert(folder, killed, overwrite=True, num_workers=1, progress=False)
+    assert content(killed) == clean  # nothing of the larger, unfinished one is left between the payloads
 
 
 def test_the_second_converter_on_a_target_is_refused(folder, tmp_path, expected, monkeypatch, capfd):
@@ -327,22 +349,25 @@ def test_the_second_converter_on_a_target_is_refused(folder, tmp_path, expected,
         time.sleep(0.001)
     assert first.pid is not None
     os.killpg(first.pid, signal.SIGSTOP)
-    for flags in ([], ["--resume"], ["--force"]):
-        monkeypatch.setattr(sys, "argv", ["cossl", "convert", str(folder), str(out), "--mode", "proportion", *flags])
-        with pytest.raises(SystemExit):
-            cli.main()
-        said = capfd.readouterr().err.splitlines()
-        assert len(said) == 1
-        assert "another conversion is at work in" in said[0]
-    os.killpg(first.pid, signal.SIGCONT)
-    first.join()
+    try:
+        for flags in ([], ["--resume"], ["--force"]):
+            monkeypatch.setattr(sys, "argv", ["cossl", "convert", str(folder), str(out), "--mode", "proportion", *flags])
+            with pytest.raises(SystemExit):
+                cli.main()
+            said = capfd.readouterr().err.splitlines()
+            assert len(said) == 1
+            assert "another conversion is at work in" in said[0]
+    finally:
+        os.killpg(first.pid, signal.SIGCONT)
+        first.join()
     assert first.exitcode == 0
     assert content(out) == expected
 
 
-def test_workers_of_a_killed_command_end_and_free_the_lock(folder, tmp_path, expected):
+def test_workers_of_a_killed_command_end_and_free_the_lock(folder, tmp_path, expected, monkeypatch):
     out = tmp_path / "set.beton"
-    process = start(folder, out, lambda: None)
+    monkeypatch.setattr("cossl.pipelines.beton_partial.LOCK_PATIENCE_S", 0.5)
+    process = start(folder, out, lambda: setattr(SlowRows, "seconds", 0.05))
     while not journaled(out):
         time.sleep(0.001)
     process.kill()  # not its group
@@ -352,23 +377,21 @@ def test_workers_of_a_killed_command_end_and_free_the_lock(folder, tmp_path, exp
 
 
 def test_an_interrupt_keeps_what_is_done_and_says_so(folder, tmp_path, expected, capfd, monkeypatch):
+    """Ctrl-C in a terminal: SIGINT for the command and all of its processes."""
     out = tmp_path / "set.beton"
-    monkeypatch.setattr(sys, "argv", ["cossl", "convert", str(folder), str(out), "--mode", "proportion", "--workers", "2"])
-    monkeypatch.setattr(conversion, "FolderRows", SlowRows)
-    add = Partial.add
 
-    def add_and_interrupt(self: Partial, shard) -> None:
-        add(self, shard)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(Partial, "add", add_and_interrupt)
-    with pytest.raises(SystemExit) as end:
+    def command() -> None:
+        os.setsid()
+        conversion.FolderRows = SlowRows
+        sys.argv = ["cossl", "convert", str(folder), str(out), "--mode", "proportion", "--workers", "2"]
         cli.main()
-    assert end.value.code == 130
-    assert "interrupted; --resume goes on" in capfd.readouterr().err
-    assert not multiprocessing.active_children()
+
+    process = multiprocessing.get_context("fork").Process(target=command)
+    process.start()
+    kill_when(process, lambda: journaled(out) > 0, signal.SIGINT)
+    assert process.exitcode == 130
+    assert capfd.readouterr().err.splitlines() == ["cossl convert: interrupted; --resume goes on with what is done"]
     assert journaled(out) >= 1
-    monkeypatch.undo()
     convert(folder, out, mode="proportion", num_workers=1, resume=True, progress=False)
     assert content(out) == expected
 
