@@ -208,7 +208,7 @@ def open_loaders(config: Config, positions: PositionSpec) -> tuple[Loader, Loade
     train, val = (data if synthetic else find_split(data, split, backend) for split in ("train", "val"))
     recipe = view_recipes.RECIPES[config.views.recipe](config.views.size_px, config.views.crop_min, config.views.jitter)
     ahead, order, os_cache = config.loader.batches_ahead, config.loader.order, config.loader.os_cache
-    seen = LoaderSpec(recipe, config.batch_size, config.seed, positions, workers, ahead, order=order, os_cache=os_cache)
+    seen = LoaderSpec(recipe, config.batch_size, config.seed, (positions,), workers, ahead, order=order, os_cache=os_cache)
     plain = LoaderSpec(view_recipes.evaluation(config.eval_px), 256, workers=workers, shuffle=False)
     loaders = [make_loader(backend, source, spec) for source, spec in [(train, seen), (train, plain), (val, plain)]]
     if loaders[1].class_names != loaders[2].class_names:

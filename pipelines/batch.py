@@ -101,7 +101,8 @@ class LoaderSpec:
     recipe: tuple[ViewSpec, ...]
     batch_size: int
     seed: int = 0
-    positions: PositionSpec | None = None
+    positions: tuple[PositionSpec, ...] = ()
+    """One for each view size whose feature map has positions to be sampled; views of other sizes get -1 throughout."""
     workers: int = 2
     batches_ahead: int = 3
     """Batches that are being rendered, or wait, while one is used."""
@@ -127,6 +128,9 @@ class LoaderSpec:
         sizes = [view.size_px for view in self.recipe]
         if sizes != [size for size, count in Counter(sizes).items() for _ in range(count)]:
             raise ValueError(f"views of {sizes} px: put views of one size next to each other, they share a tensor")
+        grids = [spec.view_px for spec in self.positions]
+        if len(set(grids)) < len(grids) or not set(grids) <= set(sizes):
+            raise ValueError(f"positions for views of {grids} px, but the views have {sorted(set(sizes))} px: give one spec for each size")
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank {self.rank} of {self.world_size}: expected 0 to {self.world_size - 1}")
         if self.shuffle and self.batch_size % self.world_size:
@@ -149,7 +153,7 @@ class LoaderSpec:
 
     def allocate(self, count: int, block: Callable[[int], Tensor] | None = None) -> Batch:
         """A batch of `count` samples with nothing in it, in memory of `block(bytes)`, uint8."""
-        views, k = len(self.recipe), self.positions.count if self.positions else 0
+        views, k = len(self.recipe), max((spec.count for spec in self.positions), default=0)
         groups = Counter(view.size_px for view in self.recipe)
         kinds: list[tuple[tuple[int, ...], torch.dtype]] = [((n, count, s, s, 3), torch.uint8) for s, n in groups.items()]
         kinds += [((count, views, 4), torch.float32), ((count, views), torch.bool), ((count, views, k), torch.int64)]
@@ -248,8 +252,9 @@ def fill(
 ) -> Batch:
     """The batch with everything but its pixels written into it, the positions drawn; boxes as in `Batch`."""
     values = {"index": index, "label": label, "boxes": boxes, "flips": flips, "photometry": photometry}
-    if spec.positions is not None:
-        values["positions"] = sample_positions(spec.positions, spec.seed, epoch, index, boxes, flips)
+    if spec.positions:
+        sizes = [view.size_px for view in spec.recipe]
+        values["positions"] = sample_positions(spec.positions, sizes, spec.seed, epoch, index, boxes, flips)
     for name, value in values.items():
         getattr(batch, name).numpy()[...] = value
     return batch

@@ -7,6 +7,7 @@ A position is row * n + column of the n x n feature map. It looks at a square of
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -82,15 +83,15 @@ def _qualifies(strategy: int, x: float, y: float, reach: float, boxes: np.ndarra
 
 
 @njit(cache=True, nogil=True)
-def _sample(strategy, size, stride, offset, reach, seed, epoch, index, boxes, flips, out):  # type: ignore[no-untyped-def]
+def _sample(strategy, size, stride, offset, reach, seed, epoch, index, boxes, flips, views, count, out):  # type: ignore[no-untyped-def]
     candidates = np.empty(size * size, np.int64)
-    side = int(round(math.sqrt(out.shape[2])))
+    side = int(round(math.sqrt(count)))
     for b in range(boxes.shape[0]):
-        for v in range(boxes.shape[1]):
+        for v in views:
             key = stream(seed, epoch, index[b], v, POSITIONS)
             if strategy == _GRID:
                 shift_x, shift_y = uniform(key, 0, 0, 1), uniform(key, 1, 0, 1)
-                for slot in range(out.shape[2]):
+                for slot in range(count):
                     row, column = int((slot // side + shift_y) * size / side), int((slot % side + shift_x) * size / side)
                     out[b, v, slot] = min(row, size - 1) * size + min(column, size - 1)  # 6 + (1 - 2**-53) rounds to 7
                 continue
@@ -100,7 +101,7 @@ def _sample(strategy, size, stride, offset, reach, seed, epoch, index, boxes, fl
                 if strategy <= _UNIFORM or _qualifies(strategy, x, y, reach, boxes[b], v, flips[b, v]):
                     candidates[found] = position
                     found += 1
-            for slot in range(out.shape[2]):
+            for slot in range(count):
                 if slot >= found:
                     out[b, v, slot] = -1
                     continue
@@ -111,19 +112,25 @@ def _sample(strategy, size, stride, offset, reach, seed, epoch, index, boxes, fl
 
 
 def sample_positions(
-    spec: PositionSpec,
+    specs: Sequence[PositionSpec],
+    sizes_px: Sequence[int],
     seed: int,
     epoch: int,
     index: Int[np.ndarray, " b"],
     boxes: Float[np.ndarray, "b v 4"],
     flips: Bool[np.ndarray, "b v"],
 ) -> Int[np.ndarray, "b v k"]:
-    """Positions of each view, all different, -1 where no further one qualifies. Boxes as in `Batch`."""
-    out = np.empty((*flips.shape, spec.count), np.int64)
-    scale = 1 / spec.view_px
-    reach = spec.receptive_field_px / 2 * scale
-    args = STRATEGIES[spec.strategy], spec.size, spec.stride_px * scale, spec.offset_px * scale, reach, seed, epoch
-    _sample(*args, index.astype(np.int64), boxes.astype(np.float64), flips, out)
+    """Positions of each view, all different, -1 where no further one qualifies. Boxes as in `Batch`; k is the largest count.
+
+    A view of sizes_px[v] pixels is sampled by the one of `specs` made for that size; a size without one gets no positions.
+    """
+    out = np.full((*flips.shape, max(spec.count for spec in specs)), -1, np.int64)
+    for spec in specs:
+        scale = 1 / spec.view_px
+        grid = spec.size, spec.stride_px * scale, spec.offset_px * scale, spec.receptive_field_px / 2 * scale
+        views = np.flatnonzero(np.asarray(sizes_px) == spec.view_px)
+        keys = STRATEGIES[spec.strategy], *grid, seed, epoch, index.astype(np.int64)
+        _sample(*keys, boxes.astype(np.float64), flips, views, spec.count, out)
     return out
 
 

@@ -111,7 +111,7 @@ def test_evaluation_takes_the_central_square_untouched() -> None:
     assert photometry[0, 0].tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("bad", [{"area_frac": (0.0, 1.0)}, {"area_frac": (0.5, 0.2)}, {"area_frac": (0.5, 1.5)}, {"size_px": 4}])
+@pytest.mark.parametrize("bad", [{"area_frac": (0.0, 1.0)}, {"area_frac": (0.5, 0.2)}, {"area_frac": (0.5, 1.5)}, {"size_px": 15}])
 def test_an_impossible_view_is_refused(bad: dict) -> None:
     with pytest.raises(ValueError, match="expected"):
         ViewSpec(**{"size_px": 64, **bad})
@@ -123,7 +123,8 @@ FLIPS = np.array([[False, True], [True, False]])
 
 
 def positions(strategy: str, count: int, epoch: int = 0) -> np.ndarray:
-    return sample_positions(PositionSpec(strategy, count, **GRID), 1, epoch, np.array([4, 5]), BOXES, FLIPS)  # type: ignore[arg-type]
+    spec = PositionSpec(strategy, count, **GRID)  # type: ignore[arg-type]
+    return sample_positions((spec,), (40, 40), 1, epoch, np.array([4, 5]), BOXES, FLIPS)
 
 
 def test_all_is_every_position_in_order() -> None:
@@ -177,7 +178,7 @@ def test_disjoint_is_exactly_the_positions_that_see_nothing_of_another_crop(side
     """Against a map of the source with a point every 1/400: which of a position's points also lie in another crop."""
     boxes = np.array([[min(a, c), min(b, d), max(a, c) + 0.04, max(b, d) + 0.04] for a, b, c, d in sides])
     spec = PositionSpec("disjoint", 25, **GRID)  # type: ignore[arg-type]
-    drawn = sample_positions(spec, 0, 0, np.array([0]), boxes[None], np.array([flips[: len(boxes)]]))[0]
+    drawn = sample_positions((spec,), [40] * len(boxes), 0, 0, np.array([0]), boxes[None], np.array([flips[: len(boxes)]]))[0]
     lattice = np.stack(np.meshgrid(np.arange(400), np.arange(400)), -1) / 400 + 1 / 800
     inside = [(lattice[..., 0] > b[0]) & (lattice[..., 0] < b[2]) & (lattice[..., 1] > b[1]) & (lattice[..., 1] < b[3]) for b in boxes]
     for view, box in enumerate(boxes):
@@ -203,6 +204,17 @@ def _smallest_overlap(x: float, y: float, box: np.ndarray, flip: bool, others: n
     shared = np.minimum(high, others[:, 2:]) - np.maximum(low, others[:, :2])
     shared = shared.min(1)
     return float(shared[shared > 0].max(initial=0.0))
+
+
+def test_each_view_size_has_its_own_grid() -> None:
+    """Two specs: the views of each size are sampled by theirs, as if alone, and a size without one has no positions."""
+    boxes, flips = np.repeat(BOXES, 2, 1)[:, :3], np.array([[False, True, True], [True, False, False]])
+    large, small = PositionSpec("uniform", 9, **GRID), PositionSpec("all", 4, **GRID | {"size": 2, "view_px": 24})  # type: ignore[arg-type]
+    both = sample_positions((large, small), (40, 24, 32), 0, 0, np.array([1, 2]), boxes, flips)
+    assert both.shape == (2, 3, 9)
+    np.testing.assert_array_equal(both[:, 0], sample_positions((large,), (40, 40, 40), 0, 0, np.array([1, 2]), boxes, flips)[:, 0])
+    assert (both[:, 1] == [0, 1, 2, 3, -1, -1, -1, -1, -1]).all()
+    assert (both[:, 2] == -1).all()
 
 
 @settings(max_examples=50, deadline=None)

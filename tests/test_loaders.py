@@ -28,7 +28,7 @@ BACKENDS = [
     pytest.param(name, marks=pytest.mark.skipif(name == "ffcv" and find_spec("ffcv") is None, reason="no ffcv")) for name in LOADERS
 ]
 GRID = PositionSpec("overlap", 9, size=6, stride_px=8, offset_px=0.5, receptive_field_px=17, view_px=48)
-SPEC = LoaderSpec(byol(48, 0.3), batch_size=16, seed=2, positions=GRID, workers=1)
+SPEC = LoaderSpec(byol(48, 0.3), batch_size=16, seed=2, positions=(GRID,), workers=1)
 
 
 @pytest.fixture(params=BACKENDS)
@@ -62,7 +62,7 @@ def assert_same(one: Batch, other: Batch) -> None:
 
 def test_shapes_types_and_memory(backend: str, open_loader) -> None:
     local = ViewSpec(32, area_frac=(0.1, 0.3))
-    batch = next(iter(open_loader(backend, replace(SPEC, recipe=(*SPEC.recipe, local), positions=None)).epoch(0)))
+    batch = next(iter(open_loader(backend, replace(SPEC, recipe=(*SPEC.recipe, local), positions=())).epoch(0)))
     assert [tuple(view.shape) for view in batch.views] == [(2, 16, 3, 48, 48), (1, 16, 3, 32, 32)]
     assert all(view.is_contiguous(memory_format=torch.channels_last) and view.dtype == torch.uint8 for view in batch.split())
     assert len(batch.split()) == 3
@@ -93,6 +93,19 @@ def test_views_of_one_size_stand_together() -> None:
     replace(SPEC, recipe=(large, large, small, small))
     with pytest.raises(ValueError, match=r"\[48, 32, 48\] px: put views of one size next to each other"):
         replace(SPEC, recipe=(large, small, large))
+
+
+def test_multi_crop_comes_with_positions_for_the_sizes_that_have_a_grid(backend: str, open_loader) -> None:
+    recipe = multi_crop(48, 32, local_crops_number=4)
+    batch = next(iter(open_loader(backend, replace(SPEC, recipe=recipe)).epoch(0)))
+    assert [tuple(view.shape) for view in batch.views] == [(2, 16, 3, 48, 48), (4, 16, 3, 32, 32)]
+    assert (batch.positions[:, :2] >= 0).any()
+    assert (batch.positions[:, 2:] == -1).all()
+    area = (batch.boxes[..., 2] - batch.boxes[..., 0]) * (batch.boxes[..., 3] - batch.boxes[..., 1])
+    assert area[:, :2].min() > 0.12
+    assert area[:, 2:].max() < 0.16
+    with pytest.raises(ValueError, match=r"positions for views of \[48\] px, but the views have \[32\] px"):
+        replace(SPEC, recipe=(ViewSpec(32),))
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -157,7 +170,7 @@ def resources() -> tuple[int, int, int]:
 
 def test_a_thousand_abandoned_epochs_leave_nothing_behind(backend: str, open_loader) -> None:
     """The torch loader without worker processes, which take 20 ms each to start; with them 30 epochs."""
-    spec = LoaderSpec(byol(32, 0.3), batch_size=8, workers=0 if backend == "torch" else 2, positions=None)
+    spec = LoaderSpec(byol(32, 0.3), batch_size=8, workers=0 if backend == "torch" else 2, positions=())
     loader = open_loader(backend, spec)
     for epoch in range(50):
         next(iter(loader.epoch(epoch)))
@@ -208,7 +221,7 @@ def test_a_batch_lies_in_one_block_and_moves_as_one(backend: str, open_loader) -
 def test_order_by_pages(betons: Path) -> None:
     """A window of pages at a time, every sample once, another order each epoch; ranks touch few pages and deal out the same batches."""
     pages = np.random.default_rng(0).integers(0, 300, 4000)
-    spec = replace(SPEC, order="pages", batch_size=100, positions=None)
+    spec = replace(SPEC, order="pages", batch_size=100, positions=())
     first, second = (spec.order_of(4000, epoch, pages) for epoch in (0, 1))
     assert not np.array_equal(first, second)
     for order in (first, second):
@@ -274,7 +287,7 @@ PARITY = {"pair": byol(48, 0.3), "multi-crop": multi_crop(48, 32, local_crops_nu
 
 @pytest.mark.parametrize("recipe", PARITY.values(), ids=PARITY)
 def test_ffcv_equals_the_reference_bit_for_bit(open_loader, recipe: tuple[ViewSpec, ...]) -> None:
-    spec = replace(SPEC, recipe=recipe, positions=None)
+    spec = replace(SPEC, recipe=recipe, positions=())
     for ours, expected in zip(open_loader("ffcv", spec).epoch(0), open_loader("torch", spec).epoch(0), strict=True):
         assert_same(ours, expected)
 
