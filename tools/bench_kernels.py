@@ -42,17 +42,18 @@ class Kernel(NamedTuple):
 
 
 def _in_turns(steps: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Seconds of each step in each turn, after one call to warm up; on a GPU the device's work is waited for."""
+    """Seconds of each step in each turn, after one call to warm up: of CPU time over all threads, or with a GPU until its work is done."""
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         step()
     for _ in range(TURNS):
         for name, step in steps.items():
             _wait()
-            began = time.perf_counter()
+            began = clock()
             step()
             _wait()
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(clock() - began)
     return seconds
 
 
@@ -75,7 +76,7 @@ def sampling() -> list[Kernel]:
     steps: dict[str, Callable[[], object]] = {"geometry": lambda: sample_views(0, 0, index, heights, widths, rows)}
     for strategy in STRATEGIES:
         spec = PositionSpec(strategy, SIZE**2, SIZE, STRIDE_PX, FIELD_PX, OFFSET_PX, VIEW_PX)  # type: ignore[arg-type]
-        steps[f"positions-{strategy}"] = lambda spec=spec: sample_positions(spec, 0, 0, index, fractions, flips)  # type: ignore[misc]
+        steps[f"positions-{strategy}"] = lambda spec=spec: sample_positions((spec,), (VIEW_PX,) * 2, 0, 0, index, fractions, flips)  # type: ignore[misc]
     timed = _in_turns(steps)
     goals = {name: POSITIONS_GOAL_US if name.startswith("positions") else None for name in steps}
     return [_kernel(name, seconds, 1e6 / PICTURES, "us per picture", goals[name]) for name, seconds in timed.items()]
@@ -106,7 +107,7 @@ def augmentation() -> list[Kernel]:
     steps: dict[str, Callable[[], object]] = {"augment": lambda: augment(views, photometry)}
     if installed("kornia"):
         steps["augment-kornia"] = _kornia(views)
-    where = f"on {torch.cuda.get_device_name()}" if cuda else f"on the CPU, {torch.get_num_threads()} threads"
+    where = f"on {torch.cuda.get_device_name()}" if cuda else "of CPU time"
     done = [_kernel(name, seconds, 1e3 / count, "ms per view", note=where) for name, seconds in _in_turns(steps).items()]
     if not installed("kornia"):
         done.append(Kernel("augment-kornia", None, "ms per view", 0, note="missing: pip install kornia"))

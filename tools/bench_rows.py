@@ -1,7 +1,7 @@
 """The rows of `cossl bench loaders`: ours, its peers and the floors; and the process that measures one of them.
 
 Every row renders the same number of uint8 views from the same JPEG bytes: random resized crops of the recipe's scale, flips, no colours.
-They differ in what their users get: ours and torchvision's antialias (bilinear), stock ffcv averages (INTER_AREA), the floors do neither.
+They differ in what their users get: ours, DALI and torchvision antialias (bilinear), stock ffcv averages (INTER_AREA), the floors neither.
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cossl.pipelines import make_loader
+from cossl.pipelines import jpeg, make_loader
 from cossl.pipelines.batch import LoaderSpec
 from cossl.pipelines.beton import Beton
+from cossl.pipelines.cut import stride_of
+from cossl.pipelines.dali_loader import INSTALL_DALI
 from cossl.pipelines.ffcv_loader import INSTALL_FFCV, decode_function
 from cossl.pipelines.geometry import sample_views
 from cossl.pipelines.views import ViewSpec
 from cossl.tools.bench import Stopwatch, peak_rss_mib
 
-INSTALL_DALI = "pip install -c constraints.txt -e '.[dali]'"
+INSTALL_CV2 = "pip install opencv-python (the extra [ffcv] brings it)"
 
 # The views of each recipe, (size in px, smallest and largest share of the picture): SwAV's numbers where there are local crops.
 VIEWS: dict[str, tuple[tuple[int, tuple[float, float]], ...]] = {
@@ -119,40 +121,62 @@ def _torchvision(tensors: bool, job: Job) -> Batches:
 def _usual_dali(job: Job) -> Batches:
     from cossl.pipelines.dali_loader import usual_dali
 
-    return iter(usual_dali(job.source, job.batch_size, job.workers, job.sizes))
+    return iter(usual_dali(job.source, job.batch_size, job.workers, job.sizes, job.scales))
 
 
 # ---- the floors: one thread, no loader --------------------------------------------------------------------------------------------
 
+# (payload, height, width, boxes [v 4], views) fills the views, each uint8 [s s 3] or, where that spares a copy, [3 s s].
 Cutter = Callable[[NDArray[np.uint8], int, int, NDArray[np.int32], list[NDArray[np.uint8]]], None]
 
 
-def turbojpeg_cutter() -> Cutter:
-    """(payload, height, width, boxes [v 4], views) fills the views: the whole picture by TurboJPEG, then OpenCV's two-tap bilinear."""
+def _bilinear(picture: NDArray[np.uint8], view: NDArray[np.uint8]) -> None:
+    """OpenCV's two-tap bilinear, on one thread."""
     import cv2
 
     cv2.setNumThreads(0)
-    decode, room = decode_function(), np.empty(0, np.uint8)
+    cv2.resize(picture, view.shape[:2], dst=view, interpolation=cv2.INTER_LINEAR)
+
+
+def union_cutter(cuts: bool, beton: Beton) -> Cutter:
+    """The union of the boxes by our own decoder, the fastest here; its planes are cut one by one and stay planes, or are not cut at all."""
+    pixels, longest = int((beton.heights * beton.widths).max()), int(max(beton.heights.max(), beton.widths.max()))
+    space = jpeg.workspace(pixels, longest, int(beton.sizes.max()))
+    room = np.empty(3 * int(beton.widths.max()) * stride_of(int(beton.heights.max())), np.uint8)
 
     def cut_all(payload: NDArray[np.uint8], height: int, width: int, boxes: NDArray[np.int32], views: list[NDArray[np.uint8]]) -> None:
-        nonlocal room
-        if room.size < height * width * 3:
-            room = np.empty(height * width * 3, np.uint8)
-        picture = room[: height * width * 3].reshape(height, width, 3)
-        if not decode(payload, height, width, picture):
-            raise RuntimeError("a picture of the set does not decode")
-        for (top, left, h, w), view in zip(boxes, views, strict=True):
-            cv2.resize(picture[top : top + h, left : left + w], view.shape[:2], dst=view, interpolation=cv2.INTER_LINEAR)
+        (top, left), (bottom, right) = boxes[:, :2].min(0).tolist(), (boxes[:, :2] + boxes[:, 2:]).max(0).tolist()
+        if jpeg.decode_box(payload, height, width, (left, top, right, bottom), room, space) != jpeg.OK:
+            raise RuntimeError("a picture of the set is of a kind that our decoder leaves to Pillow")
+        stride = stride_of(bottom - top)
+        planes = room[: 3 * (right - left) * stride].reshape(right - left, 3, stride)
+        for (y, x, h, w), view in zip(boxes - (top, left, 0, 0), views, strict=True):
+            if cuts:
+                for c, plane in enumerate(view.reshape(3, *view.shape[:2])):
+                    _bilinear(planes[x : x + w, c, y : y + h], plane)
 
     return cut_all
 
 
-def _floor(make_cutter: Callable[[], Cutter], job: Job) -> Batches:
-    """The pictures, order and boxes of ours-ffcv, decoded and cut by one thread into memory that is used again. No flips, no batches."""
-    beton, spec, cut_all = Beton(job.source), job.spec, make_cutter()
-    rows = np.stack([view.row() for view in spec.recipe])
-    views = [np.empty((size, size, 3), np.uint8) for size in job.sizes]
+def turbojpeg_cutter(beton: Beton) -> Cutter:
+    """The whole picture by libffcv's TurboJPEG: a floor that owes nothing to our decoder."""
+    decode, room = decode_function(), np.empty(3 * int((beton.heights * beton.widths).max()), np.uint8)
 
+    def cut_all(payload: NDArray[np.uint8], height: int, width: int, boxes: NDArray[np.int32], views: list[NDArray[np.uint8]]) -> None:
+        picture = room[: height * width * 3].reshape(height, width, 3)
+        if not decode(payload, height, width, picture):
+            raise RuntimeError("a picture of the set does not decode")
+        for (top, left, h, w), view in zip(boxes, views, strict=True):
+            _bilinear(picture[top : top + h, left : left + w], view)
+
+    return cut_all
+
+
+def _floor(make_cutter: Callable[[Beton], Cutter], job: Job) -> Batches:
+    """The pictures, order and boxes of ours-ffcv, decoded and cut by one thread into memory that is used again. No flips, no batches."""
+    beton, spec = Beton(job.source), job.spec
+    cut_all, rows = make_cutter(beton), np.stack([view.row() for view in spec.recipe])
+    views = [np.empty((size, size, 3), np.uint8) for size in job.sizes]
     for index in spec.batches(len(beton), 0, 0):
         heights, widths = beton.heights[index], beton.widths[index]
         boxes, _, _ = sample_views(spec.seed, 0, index, heights, widths, rows)
@@ -165,7 +189,7 @@ def _floor(make_cutter: Callable[[], Cutter], job: Job) -> Batches:
 
 
 class Row(NamedTuple):
-    """How a row is opened, what it reads, the package it needs and the line that installs it, and the modules imported beforehand."""
+    """How a row is opened, what it reads (folder or beton), the package it needs, if any, and the line that installs that."""
 
     open: Callable[[Job], Batches]
     reads: str
@@ -174,17 +198,18 @@ class Row(NamedTuple):
     floor: bool = False
 
 
-_FFCV, _DALI = ("ffcv", INSTALL_FFCV), ("nvidia.dali", INSTALL_DALI)
+_FFCV, _DALI, _CV2 = ("ffcv", INSTALL_FFCV), ("nvidia.dali", INSTALL_DALI), ("cv2", INSTALL_CV2)
 ROWS: dict[str, Row] = {
-    "ours-ffcv": Row(partial(_ours, "ffcv"), "beton", *_FFCV),
+    "ours-ffcv": Row(partial(_ours, "ffcv"), "beton"),
     "ours-torch": Row(partial(_ours, "torch"), "folder"),
     "ours-dali-cpu": Row(partial(_ours, "dali"), "folder", *_DALI),
     "stock-ffcv": Row(_stock_ffcv, "beton", *_FFCV),
     "torchvision-pil": Row(partial(_torchvision, False), "folder"),
     "torchvision-v2": Row(partial(_torchvision, True), "folder"),
     "dali-cpu": Row(_usual_dali, "folder", *_DALI),
-    "floor-decode": Row(partial(_floor, turbojpeg_cutter), "beton", *_FFCV, floor=True),
-    "floor-turbojpeg": Row(partial(_floor, turbojpeg_cutter), "beton", *_FFCV, floor=True),
+    "floor-decode": Row(partial(_floor, partial(union_cutter, True)), "beton", *_CV2, floor=True),  # decode the union, cut by OpenCV
+    "floor-union": Row(partial(_floor, partial(union_cutter, False)), "beton", floor=True),  # decode the union, nothing else
+    "floor-turbojpeg": Row(partial(_floor, turbojpeg_cutter), "beton", *_FFCV, floor=True),  # decode all by TurboJPEG, cut by OpenCV
 }
 
 
@@ -198,7 +223,7 @@ def _import_for(job: Job) -> None:
     if job.name.startswith("torchvision"):
         import torchvision.datasets
         import torchvision.transforms.v2  # noqa: F401
-    if job.name == "stock-ffcv" or ROWS[job.name].floor:
+    if ROWS[job.name].package == "ffcv":
         decode_function()
 
 

@@ -10,6 +10,8 @@ VERBS: dict[str, tuple[str, str, str]] = {  # verb: module, function, what it do
     "train": ("cossl.train", "main", "train a preset end to end: train demo | imagenette | in1k"),
     "convert": ("cossl.tools.write_beton", "convert_main", "an image folder to a beton: convert SRC OUT.beton"),
     "verify": ("cossl.tools.write_beton", "verify_main", "prove that a beton is whole: verify OUT.beton"),
+    "bench": ("cossl.tools.bench", "main", "what things cost here, beside their peers: bench loaders"),
+    "doctor": ("cossl.tools.doctor", "doctor_main", "where time goes on this machine, what limits, and which knob to turn"),
 }
 
 
