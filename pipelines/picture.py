@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from cossl.pipelines.augment import IMAGENET_MEAN, IMAGENET_STD, augment
@@ -82,6 +82,31 @@ def draw_batch(
         tiles += [_view_tile(views[v][b], positions[b, v], spec, colour) for v, colour in enumerate(COLOURS)]
         for column, tile in enumerate(tiles):
             sheet.paste(tile, (GAP_PX + step * column, GAP_PX + step * b))
+    sheet.save(path)
+
+
+def draw_side_by_side(path: Path, batches: dict[str, Batch], picture: Callable[[int], UInt8[np.ndarray, "h w 3"]], rows: int) -> None:
+    """Writes a PNG with a row for each of the first `rows` samples: the source with the boxes of its views, then each loader's views.
+
+    Every batch must hold the same samples in the same order.
+    """
+    step, margin = TILE_PX + GAP_PX, 24
+    first = next(iter(batches.values()))
+    views = len(first.split())
+    sheet = Image.new("RGB", (step * (1 + views * len(batches)) + GAP_PX, margin + step * rows), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
+    boxes, flips = first.boxes.cpu().numpy(), first.flips.cpu().numpy()
+    for column, name in enumerate(["source", *(f"{name}, view {v + 1}" for name in batches for v in range(views))]):
+        draw.text((GAP_PX + step * column, 2), name, "black", font)
+    for b in range(rows):
+        tiles = [_source_tile(picture(int(first.index[b])), boxes[b], flips[b], np.empty((views, 0), np.int64), None)]
+        for batch in batches.values():
+            for v, view in enumerate(batch.split()):
+                tile = Image.fromarray(view[b].permute(1, 2, 0).cpu().numpy()).resize((TILE_PX, TILE_PX), Image.Resampling.NEAREST)
+                ImageDraw.Draw(tile).rectangle((0, 0, TILE_PX - 1, TILE_PX - 1), outline=COLOURS[v % len(COLOURS)], width=3)
+                tiles.append(tile)
+        for column, tile in enumerate(tiles):
+            sheet.paste(tile, (GAP_PX + step * column, margin + step * b))
     sheet.save(path)
 
 

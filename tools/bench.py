@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 KINDS: dict[str, tuple[str, str, str]] = {  # kind: module, function, what it measures
     "loaders": ("cossl.tools.bench_loaders", "loaders_main", "our loaders beside stock ffcv, torchvision and DALI: bench loaders [SRC]"),
+    "parity": ("cossl.tools.bench_parity", "parity_main", "pixels of every loader against the PIL reference: bench parity [SRC]"),
 }
 
 DISTRIBUTIONS = ("torch", "torchvision", "numba", "numpy", "pillow", "ffcv", "opencv-python", "nvidia-dali-cuda130", "nvidia-dali-cuda120")

@@ -125,12 +125,12 @@ def shrunk_folder(source: Path, count: int, folder: Path) -> Path:
 
 
 def repeated_folder(folder: Path, count: int, target: Path) -> Path:
-    """`count` files: the pictures of `folder` again and again, each in its class."""
+    """`count` files, each in its class: pictures of `folder` evenly spread over it, or all of them again and again."""
     files, labels, names = list_image_folder(folder)
-    for name in names:
-        (target / name).mkdir(parents=True)
     for i in range(count):
-        shutil.copyfile(files[i % len(files)], target / names[labels[i % len(files)]] / f"{i:05d}.jpg")
+        which = i * len(files) // count if count < len(files) else i % len(files)
+        (target / names[labels[which]]).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(files[which], target / names[labels[which]] / f"{i:05d}.jpg")
     return target
 
 
