@@ -7,13 +7,15 @@ behind them. The journal is locked while any process of a conversion lives: the 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -48,22 +50,27 @@ class Partial:
     def _lock(self) -> BinaryIO:
         """The journal, opened and locked. Raises ValueError when a living process holds it."""
         deadline = time.monotonic() + LOCK_PATIENCE_S
-        while True:
-            with suppress(FileNotFoundError):  # its last owner has just finished and removed the folder
-                self.folder.mkdir(exist_ok=True)
-                file = self.journal.open("a+b", buffering=0)
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    if os.path.samestat(os.fstat(file.fileno()), self.journal.stat()):
-                        return file
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        file.close()
-                        raise ValueError(f"another conversion is at work in {self.folder}; wait for it, or stop it") from None
-                except FileNotFoundError:
-                    pass
-                file.close()
+        while (file := self._try_lock()) is None:
+            if time.monotonic() > deadline:
+                raise ValueError(f"another conversion is at work in {self.folder}; wait for it, or stop it")
             time.sleep(0.05)
+        return file
+
+    def _try_lock(self) -> BinaryIO | None:
+        """The locked journal; None while another process holds it, or has just finished and removed the folder."""
+        with ExitStack() as opened, suppress(BlockingIOError, FileNotFoundError):
+            self.folder.mkdir(exist_ok=True)
+            file = opened.enter_context(self.journal.open("a+b", buffering=0))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                    raise
+                print(f"{self.folder.parent} knows no locks: see to it that no other conversion writes the same beton", file=sys.stderr)
+            if os.path.samestat(os.fstat(file.fileno()), self.journal.stat()):
+                opened.pop_all()
+                return file
+        return None
 
     def begin(self, identity: dict[str, Any], start: int, *, resume: bool, restart: bool, num_threads: int) -> None:
         """Takes up what the journal proves done, or starts an empty one. Raises ValueError when what is there should not be lost."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -149,6 +151,8 @@ def test_stock_ffcv_loads_it(tmp_path, os_cache):
 
 @pytest.mark.parametrize("num_workers", [2, 3, 7])
 def test_any_number_of_workers_writes_the_same(folder, tmp_path, expected, num_workers):
+    poison = [np.full(87 * writer.ROW.itemsize, 255, np.uint8) for _ in range(100)]  # for what the table's padding might pick up
+    del poison
     convert(folder, tmp_path / "set.beton", mode="proportion", num_workers=num_workers, progress=False)
     assert content(tmp_path / "set.beton") == expected
 
@@ -362,6 +366,16 @@ def test_the_second_converter_on_a_target_is_refused(folder, tmp_path, expected,
         first.join()
     assert first.exitcode == 0
     assert content(out) == expected
+
+
+def test_a_disk_without_locks_is_said(folder, tmp_path, expected, monkeypatch, capfd):
+    def refused(file, how):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    convert(folder, tmp_path / "set.beton", mode="proportion", num_workers=2, progress=False)
+    assert "knows no locks" in capfd.readouterr().err
+    assert content(tmp_path / "set.beton") == expected
 
 
 def test_workers_of_a_killed_command_end_and_free_the_lock(folder, tmp_path, expected, monkeypatch):
