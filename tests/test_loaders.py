@@ -14,12 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torchvision.transforms.v2.functional as reference
 from encoded import turned
 from PIL import Image
 
 from cossl.pipelines import LOADERS, choose_backend, find_split, make_loader
-from cossl.pipelines.augment import _ORDERS, IMAGENET_MEAN, IMAGENET_STD, augment, augment_tensors, blur_radius, normalize
 from cossl.pipelines.batch import WINDOW_PAGES, Batch, Blocks, Loader, LoaderSpec, to_device
 from cossl.pipelines.positions import PositionSpec
 from cossl.pipelines.views import ViewSpec, byol, evaluation, multi_crop
@@ -329,71 +327,3 @@ def test_a_broken_picture_in_a_folder_is_named(tmp_path: Path) -> None:
 def test_auto_takes_ffcv_for_a_beton(betons: Path, pictures: Path) -> None:
     assert choose_backend("auto", find_split(betons, "train")) == "ffcv"
     assert choose_backend("auto", find_split(pictures, "train")) == "torch"
-
-
-# ------------------------------------------------------------------------------------------------- augmentation
-
-PLAIN = torch.tensor([1, 1, 1, 0, 0, 0, 0, 0.0])
-
-
-def images(count: int = 6, size: int = 40) -> torch.Tensor:
-    """Random colours at random scales, with black, white and grey pixels among them."""
-    pixels = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    pixels[:, :, :4], pixels[:, :, 4:8], pixels[:, :, 8:12] = 0, 255, 77
-    return pixels.contiguous(memory_format=torch.channels_last)
-
-
-def unnormalized(x: torch.Tensor) -> torch.Tensor:
-    return x * torch.tensor(IMAGENET_STD).view(3, 1, 1) + torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
-
-
-@pytest.mark.parametrize("render", [augment, augment_tensors])
-@pytest.mark.parametrize(
-    ("column", "value", "operation"),
-    [
-        (0, 1.4, lambda x: reference.adjust_brightness(x, 1.4)),
-        (1, 0.6, lambda x: reference.adjust_contrast(x, 0.6)),
-        (2, 1.2, lambda x: reference.adjust_saturation(x, 1.2)),
-        (3, 0.1, lambda x: reference.adjust_hue(x, 0.1)),
-        (3, -0.1, lambda x: reference.adjust_hue(x, -0.1)),
-        (5, 1.0, lambda x: reference.rgb_to_grayscale(x, 3)),
-        (6, 0.7, lambda x: reference.gaussian_blur(x, [2 * blur_radius(40) + 1] * 2, [0.7, 0.7])),
-        (7, 1.0, lambda x: reference.solarize(x, 0.5)),
-    ],
-)
-def test_each_operation_equals_torchvisions(render, column: int, value: float, operation) -> None:
-    """To 2e-5 of the range [0, 1]."""
-    parameters = PLAIN.repeat(6, 1)
-    parameters[:, column] = value
-    expected = operation(images().float() / 255)
-    assert (unnormalized(render(images(), parameters)) - expected).abs().max() < 2e-5
-    if column < 4:
-        assert (expected - images().float() / 255).abs().max() > 0.02
-
-
-def test_order_is_the_samples_own() -> None:
-    functions = [reference.adjust_brightness, reference.adjust_contrast, reference.adjust_saturation, reference.adjust_hue]
-    factors = [1.3, 0.7, 1.2, 0.08]
-    parameters = PLAIN.repeat(24, 1)
-    parameters[:, :4], parameters[:, 4] = torch.tensor(factors), torch.arange(24)
-    x = images(24)
-    result = unnormalized(augment(x, parameters))
-    for i in range(24):
-        expected = x[i : i + 1].float() / 255
-        for operation in _ORDERS[i]:
-            expected = functions[operation](expected, factors[operation])
-        assert (result[i] - expected[0]).abs().max() < 2e-4
-
-
-def test_both_renderings_agree_on_what_geometry_draws(open_loader) -> None:
-    batch = next(iter(open_loader("synthetic").epoch(0)))
-    for v, view in enumerate(batch.split()):
-        ours = augment(view, batch.photometry[:, v])
-        assert ours.is_contiguous(memory_format=torch.channels_last)
-        # Hue jumps where two channels are equal to rounding, so a handful of pixels may differ by more.
-        difference = (ours - augment_tensors(view, batch.photometry[:, v])).abs()
-        assert difference.quantile(0.9999) < 1e-3
-
-
-def test_without_parameters_it_only_normalizes() -> None:
-    assert (augment(images(), PLAIN.repeat(6, 1)) - normalize(images())).abs().max() < 1e-5
