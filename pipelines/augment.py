@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from numba import njit
 from torch import Tensor
 
@@ -34,20 +36,39 @@ def augment(images: UInt8[Tensor, "b 3 s s"], photometry: Float[Tensor, "b 8"]) 
     """Views as the network sees them: float32, channels-last, normalised by ImageNet's mean and deviation."""
     if images.device.type == "cpu":
         return _augment_cpu(images, photometry)
-    return augment_tensors(images, photometry)
+    return _compiled()(images, photometry, _orders(images.device))
+
+
+@cache
+def _compiled() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """`_render` by torch.compile: on a GPU each of its passes over the pixels becomes one kernel."""
+    compiled: Callable[[Tensor, Tensor, Tensor], Tensor] = torch.compile(_render, fullgraph=True, dynamic=False)
+    return compiled
+
+
+@cache
+def _orders(device: torch.device) -> Int[Tensor, "24 4"]:
+    return torch.as_tensor(_ORDERS, device=device)
 
 
 def normalize(images: UInt8[Tensor, "b 3 s s"]) -> Float[Tensor, "b 3 s s"]:
     """The same without any augmentation."""
-    mean, std = (torch.tensor(c, device=images.device).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD))
-    return (images.float() / 255 - mean) / std
+    return _normalized(images.float() / 255)
 
 
 # ---------------------------------------------------------------------------------------------- as tensor operations
 
+# Constants are plain numbers: a tensor made of them on a GPU would be copied there, and waited for, in every call.
+
+
+def _normalized(x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+    channels = [(channel - mean) / std for channel, mean, std in zip(x.unbind(1), IMAGENET_MEAN, IMAGENET_STD, strict=True)]
+    return torch.stack(channels, 1)
+
 
 def _luma(x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1 h w"]:
-    return (x * torch.tensor(_LUMA, device=x.device).view(3, 1, 1)).sum(1, keepdim=True)
+    r, g, b = x.unbind(1)
+    return (_LUMA[0] * r + _LUMA[1] * g + _LUMA[2] * b)[:, None]
 
 
 def _shift_hue(x: Float[Tensor, "b 3 h w"], shift: Float[Tensor, "b 1 1"]) -> Float[Tensor, "b 3 h w"]:
@@ -67,22 +88,31 @@ def _shift_hue(x: Float[Tensor, "b 3 h w"], shift: Float[Tensor, "b 1 1"]) -> Fl
     return torch.stack(channels, 1)
 
 
+def _blur_rows(x: Float[Tensor, "b 3 h w"], kernel: Float[Tensor, "b taps"]) -> Float[Tensor, "b 3 h w"]:
+    """Blurred along the last axis, reflected at its ends. A sum of shifted copies: one kernel when compiled, as no convolution is."""
+    taps, width = kernel.shape[1], x.shape[3]
+    x = F.pad(x, [taps // 2, taps // 2, 0, 0], mode="reflect")
+    return sum((kernel[:, k, None, None, None] * x[..., k : k + width] for k in range(1, taps)), kernel[:, :1, None, None] * x[..., :width])
+
+
 def _blur(x: Float[Tensor, "b 3 h w"], sigma: Float[Tensor, " b"]) -> Float[Tensor, "b 3 h w"]:
-    b, c, h, w = x.shape
-    radius = blur_radius(h)
+    radius = blur_radius(x.shape[2])
     taps = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
     kernel = torch.exp(-0.5 * (taps / sigma.clamp(min=1e-3)[:, None]) ** 2)
-    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(c, 0)
-    x = F.pad(x.reshape(1, b * c, h, w), [radius] * 4, mode="reflect")
-    x = F.conv2d(x, kernel[:, None, None, :], groups=b * c)
-    return F.conv2d(x, kernel[:, None, :, None], groups=b * c).reshape(b, c, h, w)
+    kernel = kernel / kernel.sum(1, keepdim=True)
+    return _blur_rows(_blur_rows(x, kernel).transpose(2, 3), kernel).transpose(2, 3)
 
 
 def augment_tensors(images: UInt8[Tensor, "b 3 s s"], photometry: Float[Tensor, "b 8"]) -> Float[Tensor, "b 3 s s"]:
-    """`augment` by tensor operations, without a data-dependent branch: what is compiled on a GPU."""
+    """`augment` by tensor operations, not compiled."""
+    return _render(images, photometry, _orders(images.device))
+
+
+def _render(images: UInt8[Tensor, "b 3 s s"], photometry: Float[Tensor, "b 8"], orders: Int[Tensor, "24 4"]) -> Float[Tensor, "b 3 s s"]:
+    """The arithmetic, without a data-dependent branch and without waiting for the device."""
     x = images.float() / 255
     factor = photometry[:, :4, None, None, None]
-    order = torch.as_tensor(_ORDERS, device=x.device)[photometry[:, 4].long()]
+    order = orders[photometry[:, 4].long()]
     for slot in range(4):
         turn = order[:, slot, None, None, None]
         luma = _luma(x)
@@ -94,8 +124,7 @@ def augment_tensors(images: UInt8[Tensor, "b 3 s s"], photometry: Float[Tensor, 
     x = torch.where(gray > 0, _luma(x), x)
     x = torch.where(sigma > 0, _blur(x, photometry[:, 6]), x)
     x = torch.where((solarize > 0) & (x >= 0.5), 1 - x, x)
-    mean, std = (torch.tensor(c, device=x.device).view(3, 1, 1) for c in (IMAGENET_MEAN, IMAGENET_STD))
-    return ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+    return _normalized(x).contiguous(memory_format=torch.channels_last)
 
 
 # ---------------------------------------------------------------------------------------------- one picture at a time
