@@ -1,21 +1,16 @@
-"""Everything that touches ffcv 1.0.2: its JPEG decoder, and the loader built on it.
-
-This is the only file of the project that imports ffcv, inside functions, so that the rest runs where ffcv is not installed.
-"""
+"""The loader of betons: decoder and cuts of our own, on threads, without the GIL. ffcv's format, without ffcv."""
 
 from __future__ import annotations
 
 import os
 import threading
-import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numba import njit
 from numpy.typing import NDArray
 
@@ -26,63 +21,6 @@ from cossl.pipelines.cut import workspace as cut_workspace
 from cossl.pipelines.geometry import box_fractions, sample_views
 from cossl.pipelines.jpeg import OK, decode_box
 from cossl.pipelines.jpeg import workspace as jpeg_workspace
-
-INSTALL_FFCV = "sudo apt-get install pkg-config libturbojpeg0-dev libopencv-dev && pip install -c constraints.txt -e '.[ffcv]'"
-
-
-class FfcvMissing(ImportError):
-    """ffcv cannot be imported; the message holds the line that installs it."""
-
-
-def require_ffcv() -> Any:
-    """The ffcv module. Raises FfcvMissing with the one line that installs it.
-
-    Importing ffcv sets torch to one thread for the whole process; the count is put back here. ffcv also keeps two names in a numba typed
-    Dict that only plain Python reads; compiling that dict is most of the import (4.5 of 6 s of CPU), so it gets an ordinary one instead.
-    """
-    import numba.typed
-
-    threads, typed_dict = torch.get_num_threads(), numba.typed.Dict
-    try:
-        with warnings.catch_warnings():
-            # ffcv 1.0.2 imports distutils (gone in Python 3.12) and has invalid escapes in docstrings; neither touches its results.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            warnings.simplefilter("ignore", SyntaxWarning)
-            numba.typed.Dict = dict
-            import ffcv
-    except ImportError as error:
-        raise FfcvMissing(f"ffcv is not installed ({error}); install it with: {INSTALL_FFCV}") from error
-    finally:
-        numba.typed.Dict = typed_dict
-        torch.set_num_threads(threads)
-    return ffcv
-
-
-Decode = Callable[[NDArray[np.uint8], int, int, NDArray[np.uint8]], bool]
-
-
-def decode_function() -> Decode:
-    """decode(payload, height, width, out) -> True when the JPEG decoded cleanly into out, C-contiguous uint8 [height, width, 3].
-
-    libffcv's imdecode: TurboJPEG with the fast DCT, a few grey levels from Pillow's slow one. False for a damaged payload *and* for one
-    that libjpeg only warns about (out is then filled as far as it came). ctypes drops the GIL for the call: threads decode in parallel.
-    Trap: TurboJPEG handles live as long as the process, one per thread that ever decoded: use a fixed pool of threads.
-    """
-    require_ffcv()
-    from ffcv.libffcv import ctypes_imdecode
-
-    def decode(payload: NDArray[np.uint8], height: int, width: int, out: NDArray[np.uint8]) -> bool:
-        # The C code writes height * width * 3 bytes at out, whatever out is.
-        if out.nbytes < height * width * 3 or not out.flags.c_contiguous or not payload.flags.c_contiguous:
-            raise ValueError(f"decode needs C-contiguous arrays and {height * width * 3} bytes of room, got {out.nbytes}")
-        source, target = payload.ctypes.data, out.ctypes.data
-        status: int = ctypes_imdecode(source, payload.size, height, width, target, height, width, 0, 0, 1, 1, False, False)
-        return status == 0
-
-    return decode
-
-
-# ---- the loader -------------------------------------------------------------------------------------------------------------------
 
 _OK, _DECLINED = 0, 1  # what became of a sample
 
@@ -181,7 +119,8 @@ class FfcvLoader:
 
     def _read_ahead(self, steps: list[NDArray[np.int64]]) -> Iterator[NDArray[np.int64]]:
         """The same steps; the kernel is told which pages of the file come within a window, and which will not be needed again."""
-        first, last = {}, {}
+        first: dict[int, int] = {}
+        last: dict[int, int] = {}
         for step, index in enumerate(steps):
             for page in np.unique(self.beton.pages[index]).tolist():
                 first.setdefault(page, step)

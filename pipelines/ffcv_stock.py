@@ -1,12 +1,69 @@
-"""Stock ffcv as its users write it for several views: one decoder per view. The benchmark's peer; nothing is trained with it."""
+"""Stock ffcv, the benchmark's peer and the tests' second opinion: nothing is trained with it. The only file that imports ffcv."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cossl.pipelines.ffcv_loader import require_ffcv
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+INSTALL_FFCV = "sudo apt-get install pkg-config libturbojpeg0-dev libopencv-dev && pip install -c constraints.txt -e '.[ffcv]'"
+
+
+class FfcvMissing(ImportError):
+    """ffcv cannot be imported; the message holds the line that installs it."""
+
+
+def require_ffcv() -> Any:
+    """The ffcv module. Raises FfcvMissing with the one line that installs it.
+
+    Importing ffcv sets torch to one thread for the whole process; the count is put back here. ffcv also keeps two names in a numba typed
+    Dict that only plain Python reads; compiling that dict is most of the import (4.5 of 6 s of CPU), so it gets an ordinary one instead.
+    """
+    import numba.typed
+
+    threads, typed_dict = torch.get_num_threads(), numba.typed.Dict
+    try:
+        with warnings.catch_warnings():
+            # ffcv 1.0.2 imports distutils (gone in Python 3.12) and has invalid escapes in docstrings; neither touches its results.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore", SyntaxWarning)
+            numba.typed.Dict = dict
+            import ffcv
+    except ImportError as error:
+        raise FfcvMissing(f"ffcv is not installed ({error}); install it with: {INSTALL_FFCV}") from error
+    finally:
+        numba.typed.Dict = typed_dict
+        torch.set_num_threads(threads)
+    return ffcv
+
+
+Decode = Callable[[NDArray[np.uint8], int, int, NDArray[np.uint8]], bool]
+
+
+def decode_function() -> Decode:
+    """decode(payload, height, width, out) -> True when the JPEG decoded cleanly into out, C-contiguous uint8 [height, width, 3].
+
+    libffcv's imdecode: TurboJPEG with the fast DCT, a few grey levels from Pillow's slow one. False for a damaged payload *and* for one
+    that libjpeg only warns about (out is then filled as far as it came). ctypes drops the GIL for the call: threads decode in parallel.
+    Trap: TurboJPEG handles live as long as the process, one per thread that ever decoded: use a fixed pool of threads.
+    """
+    require_ffcv()
+    from ffcv.libffcv import ctypes_imdecode
+
+    def decode(payload: NDArray[np.uint8], height: int, width: int, out: NDArray[np.uint8]) -> bool:
+        # The C code writes height * width * 3 bytes at out, whatever out is.
+        if out.nbytes < height * width * 3 or not out.flags.c_contiguous or not payload.flags.c_contiguous:
+            raise ValueError(f"decode needs C-contiguous arrays and {height * width * 3} bytes of room, got {out.nbytes}")
+        source, target = payload.ctypes.data, out.ctypes.data
+        status: int = ctypes_imdecode(source, payload.size, height, width, target, height, width, 0, 0, 1, 1, False, False)
+        return status == 0
+
+    return decode
 
 
 def stock_ffcv(

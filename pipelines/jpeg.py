@@ -111,7 +111,7 @@ def _decode_block(at, bits, count, dc, ac, quant, predicted, places, lane):  # t
     coefficient = predicted * read_32(quant)
     write_16(lane, coefficient)
     extreme = coefficient + _LARGEST
-    k = 1
+    k = np.int64(1)
     while k < 64:
         bits |= read_word_big_endian(at) >> count
         at += np.int64((_U63 - count) >> _THREE)
@@ -127,7 +127,7 @@ def _decode_block(at, bits, count, dc, ac, quant, predicted, places, lane):  # t
         bits <<= entry & _SIX_BITS
         count -= entry & _SIX_BITS
         if k > 63:
-            fine &= k >= header.END_OF_BLOCK
+            fine = fine and bool(k >= header.END_OF_BLOCK)
             break
         coefficient = value * read_32(quant + 4 * k)
         write_16(lane + read_32(places + 4 * k), coefficient)
@@ -191,12 +191,13 @@ def _decode_scan(data, info, quant, tables, places, region, origin, step, tile, 
 # ---- inverse DCT ------------------------------------------------------------------------------------------------------------------
 
 
-def _idct_8(a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, shift: int) -> list[Any]:
+def _idct_8(coefficients: list[Any], shift: int) -> list[Any]:
     """Eight samples from eight coefficients, scaled up by 2 to the power of (13 - shift): libjpeg's jidctint.c, constants in 13 bits.
 
     No undamaged picture has coefficients so large that it would matter, but the four plain sums wrap around at 16 bits here as they do
     in libjpeg-turbo's vector code (jidctint-avx2.asm): pixels stay equal to Pillow's for damaged ones as well.
     """
+    a, b, c, d, e, f, g, h = coefficients
     z = (c + g) * 4433
     even_2, even_3 = z - g * 15137, z + c * 6270
     even_0, even_1 = ((a + e) << 16 >> 3) + (1 << (shift - 1)), ((a - e) << 16 >> 3) + (1 << (shift - 1))
@@ -214,8 +215,8 @@ def _idct_8(a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any, shif
 def _transform_16(v, coefficients, words):  # type: ignore[no-untyped-def]
     """16 blocks from coefficients [row, column, lane] to words [column, lane], each the eight samples of a column, top one lowest."""
     blocks = [[v.load(v.offset(coefficients, 2 * LANES * (8 * row + column)), 16, signed=True) for row in range(8)] for column in range(8)]
-    columns = [[sample.clamp(-32768, 32767) for sample in _idct_8(*block, shift=11)] for block in blocks]
-    rows = [_idct_8(*(columns[c][row] for c in range(8)), shift=18) for row in range(8)]
+    columns = [[sample.clamp(-32768, 32767) for sample in _idct_8(block, shift=11)] for block in blocks]
+    rows = [_idct_8([column[row] for column in columns], shift=18) for row in range(8)]
     for c in range(8):
         low, high = (
             [(rows[row][c] + 128).clamp(0, 255) << 8 * (row % 4) for row in part] for part in (range(4), range(4, 8))

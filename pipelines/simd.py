@@ -20,13 +20,16 @@ from numba.extending import intrinsic
 
 
 @intrinsic
-def address(typing_context, array):  # type: ignore[no-untyped-def]
+def _address(typing_context, array):  # type: ignore[no-untyped-def]
     """Where an array's first element lies, as int64."""
 
     def build(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         return builder.ptrtoint(context.make_array(signature.args[0])(context, builder, arguments[0]).data, ir.IntType(64))
 
     return types.int64(array), build
+
+
+address: Any = _address  # numba binds the first argument
 
 
 def _scalar(bits, returns, swapped=False):  # type: ignore[no-untyped-def]

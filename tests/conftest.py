@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -23,8 +22,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def betons(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same pictures as train.beton and val.beton."""
-    if find_spec("ffcv") is None:
-        pytest.skip("ffcv is not installed")
     folder = tmp_path_factory.mktemp("betons")
     for split in ("train", "val"):
         convert(pictures / split, folder / f"{split}.beton", num_workers=1, progress=False)

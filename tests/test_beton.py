@@ -15,7 +15,7 @@ from PIL import Image
 
 from cossl.pipelines.beton import HEADER, Beton, digests, manifest_digest, manifest_path, verify
 from cossl.pipelines.convert import convert
-from cossl.pipelines.ffcv_loader import FfcvMissing, decode_function, require_ffcv
+from cossl.pipelines.ffcv_stock import FfcvMissing, decode_function, require_ffcv
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +246,7 @@ def test_importing_ffcv_leaves_no_trace():
 import numba.typed, torch
 before = numba.typed.Dict
 torch.set_num_threads(3)
-from cossl.pipelines.ffcv_loader import require_ffcv
+from cossl.pipelines.ffcv_stock import require_ffcv
 require_ffcv()
 assert torch.get_num_threads() == 3, torch.get_num_threads()
 assert numba.typed.Dict is before and before is not dict

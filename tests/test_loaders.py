@@ -22,9 +22,8 @@ from cossl.pipelines.batch import WINDOW_PAGES, Batch, Blocks, Loader, LoaderSpe
 from cossl.pipelines.positions import PositionSpec
 from cossl.pipelines.views import ViewSpec, byol, evaluation, multi_crop
 
-BACKENDS = [
-    pytest.param(name, marks=pytest.mark.skipif(name == "ffcv" and find_spec("ffcv") is None, reason="no ffcv")) for name in LOADERS
-]
+_MISSING = {"dali"} if find_spec("nvidia") is None or find_spec("nvidia.dali") is None else set()
+BACKENDS = [pytest.param(name, marks=pytest.mark.skipif(name in _MISSING, reason="DALI is not installed")) for name in LOADERS]
 GRID = PositionSpec("overlap", 9, size=6, stride_px=8, offset_px=0.5, receptive_field_px=17, view_px=48)
 SPEC = LoaderSpec(byol(48, 0.3), batch_size=16, seed=2, positions=(GRID,), workers=1)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from encoded import encoded, picture
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -62,22 +64,28 @@ def test_a_heavy_package_is_imported_by_one_file_and_inside_a_function(package: 
             if any(name and (name == package or name.startswith(package + ".")) for name in names):
                 users.add(file.name)
                 assert node not in tree.body, f"{file.name} imports {package} at module level"
-    assert users <= {"ffcv": {"ffcv_loader.py"}, "nvidia.dali": {"dali_loader.py"}, "submitit": {"submit.py"}}[package]
+    assert users <= {"ffcv": {"ffcv_stock.py"}, "nvidia.dali": {"dali_loader.py"}, "submitit": {"submit.py"}}[package]
 
 
-def test_without_ffcv_the_torch_loader_serves_and_convert_says_how_to_get_it(tmp_path: Path) -> None:
+def test_without_ffcv_betons_are_written_and_read(tmp_path: Path) -> None:
+    """ffcv's format, without ffcv: only the benchmark's peer needs the package, and says how to get it."""
     code = (
-        "import sys; sys.modules['ffcv'] = None\n"
-        "import importlib.util as u, sys; sys.argv = ['cossl', 'convert', 'pictures', 'out.beton']\n"
-        "from cossl.tools.cli import main; main()"
+        "import sys; sys.modules['ffcv'] = None; from pathlib import Path\n"
+        "from cossl.pipelines import make_loader; from cossl.pipelines.batch import LoaderSpec\n"
+        "from cossl.pipelines.views import evaluation\n"
+        "from cossl.pipelines.convert import convert; from cossl.pipelines.ffcv_stock import require_ffcv\n"
+        "convert(Path('pictures'), Path('out.beton'), progress=False)\n"
+        "loader = make_loader('auto', Path('out.beton'), LoaderSpec(evaluation(32), 2, shuffle=False))\n"
+        "print(type(loader).__name__, [tuple(batch.views[0].shape) for batch in loader.epoch(0)])\n"
+        "try: require_ffcv()\n"
+        "except ImportError as error: print(error)"
     )
     (tmp_path / "pictures" / "class").mkdir(parents=True)
-    (tmp_path / "pictures" / "class" / "a.jpg").write_bytes(b"x")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.startswith("cossl convert: ffcv is not installed")
-    assert "apt-get install" in done.stderr
-    assert not (tmp_path / "out.beton").exists()
+    for name in ("a", "b", "c"):
+        (tmp_path / "pictures" / "class" / f"{name}.jpg").write_bytes(encoded(picture()))
+    loader, missing = run(sys.executable, "-c", code, cwd=tmp_path).splitlines()
+    assert loader == "FfcvLoader [(1, 2, 3, 32, 32), (1, 1, 3, 32, 32)]"
+    assert re.match(r"ffcv is not installed .*apt-get install .*\.\[ffcv\]", missing)
 
 
 @pytest.mark.parametrize(

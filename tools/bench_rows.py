@@ -28,7 +28,7 @@ from cossl.pipelines.batch import LoaderSpec
 from cossl.pipelines.beton import Beton
 from cossl.pipelines.cut import stride_of
 from cossl.pipelines.dali_loader import INSTALL_DALI
-from cossl.pipelines.ffcv_loader import INSTALL_FFCV, decode_function
+from cossl.pipelines.ffcv_stock import INSTALL_FFCV, decode_function
 from cossl.pipelines.geometry import sample_views
 from cossl.pipelines.views import ViewSpec
 from cossl.tools.bench import Stopwatch, peak_rss_mib

@@ -28,7 +28,7 @@ from cossl.pipelines.augment import augment
 from cossl.pipelines.batch import Batch, LoaderSpec
 from cossl.pipelines.beton import Beton, list_image_folder
 from cossl.pipelines.dali_loader import INSTALL_DALI
-from cossl.pipelines.ffcv_loader import INSTALL_FFCV
+from cossl.pipelines.ffcv_stock import INSTALL_FFCV
 from cossl.pipelines.positions import PositionSpec
 from cossl.pipelines.views import RECIPES, evaluation
 from cossl.tools.bench import Stopwatch, installed, machine, num_cores, progress
