@@ -40,7 +40,11 @@ def main(argv: Sequence[str]) -> None:
     if argv[0] not in KINDS:
         raise ValueError(f"unknown kind {argv[0]!r}{did_you_mean(argv[0], KINDS)}")
     module, function, _ = KINDS[argv[0]]
-    getattr(import_module(module), function)(argv[1:])
+    try:
+        getattr(import_module(module), function)(argv[1:])
+    except KeyboardInterrupt:
+        progress("stopped")
+        raise SystemExit(130) from None
 
 
 def did_you_mean(word: str, known: Sequence[str] | dict[str, Any]) -> str:

@@ -191,7 +191,12 @@ def stepping(config: Config, model: CoByol, batch: Batch, device: torch.device, 
     seconds = _seconds(lambda: step_(model, model, optimizer, batch, config, 1e-4, 0.99), device)
     alone = max(seconds - augment_s, 1e-9)
     seen = f"{1e3 * alone:,.1f} ms a step of {len(batch.index)} pictures, {config.precision}, not compiled"
-    knob = "this is the model's own speed, and the loader keeps up: --precision bf16, a larger --batch-size, a faster GPU"
+    faster = (
+        "a larger --batch-size, a faster GPU"
+        if device.type == "cuda"
+        else "a GPU, a smaller model or view (--model.width, --views.size-px)"
+    )
+    knob = f"this is the model's own speed, and the loader keeps up: --precision bf16, {faster}"
     return Stage("step", len(batch.index) / alone, seen, knob)
 
 
@@ -231,6 +236,10 @@ def measure(args: DoctorArgs, scratch: Path) -> tuple[list[str], list[Stage], fl
     return where, [*stages, loaded, moved, augmented, stepping(config, model, batch, device, seconds)], cost
 
 
+def _shown(rate: float | None) -> str:
+    return "-" if rate is None else f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"
+
+
 def verdict(stages: Sequence[Stage], cost_ms: float, gpu: bool) -> list[str]:
     """The stage that limits and its knob, the rate to expect, and how many workers that takes."""
     rates = {stage.name: stage.rate for stage in stages if stage.rate is not None}
@@ -246,8 +255,8 @@ def verdict(stages: Sequence[Stage], cost_ms: float, gpu: bool) -> list[str]:
     if workers > num_cores():
         feeding = f"keeping {fed} fed would take {workers} cores, and there are {num_cores()}"
     return [
-        f"limit      {slowest.name}: {slowest.rate:,.0f} pictures/s. Knob: {slowest.knob}",
-        f"expect     about {expected:,.0f} pictures/s in training: {sharing}",
+        f"limit      {slowest.name}: {_shown(slowest.rate)} pictures/s. Knob: {slowest.knob}",
+        f"expect     about {_shown(expected)} pictures/s in training: {sharing}",
         f"workers    {feeding}",
     ]
 
@@ -279,5 +288,5 @@ def doctor_main(argv: Sequence[str]) -> None:
     print("\n".join([*check_up(), *where]))
     print(f"\n{'stage':<16}{'pictures/s':>12}   seen")
     for stage in stages:
-        print(f"{stage.name:<16}{f'{stage.rate:,.0f}' if stage.rate is not None else '-':>12}   {stage.seen}")
+        print(f"{stage.name:<16}{_shown(stage.rate):>12}   {stage.seen}")
     print("\n" + "\n".join(verdict(stages, cost, torch.cuda.is_available())))
