@@ -1,12 +1,13 @@
 # Every target works from a bare clone: it installs what it needs first, and only once.
 #   make demo   train CO-BYOL on a small generated picture set, end to end (about three minutes on 2 CPU cores)
 #   make test   the test suite        make lint type   ruff, import contracts, mypy        make setup   install only
+#   make bench  our loaders beside their peers (within five minutes)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo setup test lint type clean
+.PHONY: demo setup test lint type bench clean
 
 demo: setup
 	$(BIN)/cossl train demo
@@ -26,6 +27,9 @@ lint: setup
 type: setup
 	mkdir -p build/ns && ln -sfn ../.. build/ns/cossl
 	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/cossl bench loaders --quick
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
-from numba import njit
 from torch import Tensor
+
+from cossl.pipelines.simd import compiled
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _ORDERS = np.array(list(itertools.permutations(range(4))), np.int64)  # brightness 0, contrast 1, saturation 2, hue 3
@@ -130,7 +131,7 @@ def _render(images: UInt8[Tensor, "b 3 s s"], photometry: Float[Tensor, "b 8"], 
 # ---------------------------------------------------------------------------------------------- one picture at a time
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _blend(x: np.ndarray, operation: int, amount: float) -> None:
     one, a = np.float32(1), np.float32(amount)
     mean = np.float32(0)
@@ -146,7 +147,7 @@ def _blend(x: np.ndarray, operation: int, amount: float) -> None:
             x[p, c] = min(max(a * x[p, c] + (one - a) * mean, np.float32(0)), one)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _turn_hue(x: np.ndarray, shift: float) -> None:
     for p in range(x.shape[0]):
         r, g, b = x[p, 0], x[p, 1], x[p, 2]
@@ -168,7 +169,7 @@ def _turn_hue(x: np.ndarray, shift: float) -> None:
             x[p, c] = high - spread * min(max(min(t, 4 - t), 0.0), 1.0)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _blur_lines(source: np.ndarray, target: np.ndarray, kernel: np.ndarray, size: int) -> None:
     """Blurs along the rows and writes the transpose, so that twice is a blur in both directions."""
     radius = len(kernel) // 2
@@ -186,7 +187,7 @@ def _blur_lines(source: np.ndarray, target: np.ndarray, kernel: np.ndarray, size
             out[0], out[1], out[2] = a, b, c
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _augment_pictures(images, photometry, out, radius):  # type: ignore[no-untyped-def]
     size = images.shape[1]
     scratch = np.empty((size * size, 3), np.float32)

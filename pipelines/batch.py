@@ -6,7 +6,7 @@ import itertools
 import math
 import mmap
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Literal, Protocol, get_args
@@ -221,23 +221,24 @@ def _arrived(batch: Batch, copied: torch.cuda.Event) -> Batch:
 class Blocks:
     """Memory for batches, used again once no tensor refers to it: fresh pages cost the kernel a fault and a wipe for every 4 KiB.
 
-    Page-locked by torch, which recycles it itself, where there is a GPU.
+    At most `keep` blocks wait for their next use. Page-locked by torch, which recycles it itself, where there is a GPU.
     """
 
-    def __init__(self) -> None:
-        self._free: dict[int, list[mmap.mmap]] = {}
+    def __init__(self, keep: int) -> None:
+        self._free: deque[mmap.mmap] = deque(maxlen=keep)
 
     def __call__(self, size: int) -> UInt8[Tensor, " bytes"]:
         if torch.cuda.is_available():
             return torch.empty(size, dtype=torch.uint8, pin_memory=True)
-        free = self._free.setdefault(size, [])
         try:
-            block = free.pop()
+            block = self._free.pop()
         except IndexError:
-            block = mmap.mmap(-1, max(size, 1))
+            block = mmap.mmap(-1, size)
+        if len(block) < size:  # the last batch of an evaluation is smaller, and the one after it is not
+            block = mmap.mmap(-1, size)
         array = np.frombuffer(block, np.uint8)
-        weakref.finalize(array, free.append, block).atexit = False  # the tensor holds the array
-        return torch.from_numpy(array[:size] if size else array[:0])
+        weakref.finalize(array, self._free.append, block).atexit = False  # the tensor holds the array
+        return torch.from_numpy(array)[:size]
 
 
 def fill(

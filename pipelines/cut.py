@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from cossl.pipelines.simd import address, kernel, read_8, read_word, write_8, write_word
+from cossl.pipelines.simd import address, compiled, kernel, read_8, read_word, write_8, write_word
 
 LANES = 32  # bytes filtered at a time: the strides of planes and of the scratch memory are multiples of it
 SMALLEST_PX = 16  # of a view: a row of pixels is at least LANES bytes
@@ -26,13 +26,13 @@ _MASK_4, _MASK_2, _MASK_1 = (np.uint64(n) for n in (0x00000000FFFFFFFF, 0x0000FF
 _N8, _N16, _N32 = np.uint64(8), np.uint64(16), np.uint64(32)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def stride_of(height):  # type: ignore[no-untyped-def]
     """Bytes from one column of planes to the next."""
     return -(-height // LANES) * LANES
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _weights(length, size, first, weights):  # type: ignore[no-untyped-def]
     """Fills each output pixel's first source pixel [size] and its fixed-point weights [size * taps]; returns taps, at most `length`."""
     scale = length / size
@@ -68,7 +68,7 @@ def _exchange(a, b, mask, shift):  # type: ignore[no-untyped-def]
     return (a & mask) | ((b & mask) << shift), ((a >> shift) & mask) | (b & ~mask)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def transpose(source, source_step, target, target_step, rows, columns):  # type: ignore[no-untyped-def]
     """Bytes [rows, columns] at one address to [columns, rows] at another: 8 x 8 at a time in eight registers, the rest one by one."""
     whole_rows, whole_columns = rows & ~7, columns & ~7
@@ -99,7 +99,7 @@ def transpose(source, source_step, target, target_step, rows, columns):  # type:
             write_8(target + x * target_step + y, read_8(source + y * source_step + x))
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def cut(planes, tall, top, left, height, width, flip, out, size, space):  # type: ignore[no-untyped-def]
     """Fills the size * size * 3 bytes at address `out` with a box of planes [x, 3, stride_of(tall)], mirrored where `flip`.
 
@@ -124,7 +124,7 @@ def cut(planes, tall, top, left, height, width, flip, out, size, space):  # type
         _filter(source + last, line, weight, taps, out + 3 * size * y + last)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def planes_of(pixels, width, box, planes):  # type: ignore[no-untyped-def]
     """Fills planes with box = (left, top, right, bottom) of a picture `width` wide, given as flat bytes of RGB."""
     left, top, right, bottom = box

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Bool, Int, UInt8
-from numba import njit
 from PIL import Image
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from cossl.pipelines.batch import Batch, Blocks, LoaderSpec, fill
 from cossl.pipelines.geometry import box_fractions, sample_views
+from cossl.pipelines.simd import compiled
 from cossl.pipelines.torch_loader import BetonPictures, open_pictures
 
 INSTALL_DALI = "pip install -c constraints.txt -e '.[dali]' (with a CUDA 12 driver: '.[dali-cuda12]')"
@@ -46,7 +46,7 @@ Encoded = tuple[UInt8[np.ndarray, " n"], int, int]  # the bytes of a file, heigh
 _pillow = threading.Lock()  # Pillow's warnings are silenced by catch_warnings, which acts on the whole process
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def jpeg_size(data: UInt8[np.ndarray, " n"]) -> tuple[int, int, bool]:
     """Height and width of a whole JPEG file, 8-bit grey or of three components, and whether it has EXIF or XMP. Zeros for all else."""
     size, at, height, width, tagged = len(data), 2, 0, 0, False
@@ -158,7 +158,7 @@ class DaliLoader:
         len(self)
         self._rows = np.stack([view.row() for view in spec.recipe])
         self._gpu = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
-        self._depth, self._blocks = max(1, spec.batches_ahead), Blocks()
+        self._depth, self._blocks = max(1, spec.batches_ahead), Blocks(spec.batches_ahead + 2)
         self._pipeline = _build_pipeline(spec, self._depth, self._gpu.index if self._gpu else None)
         self._rendering: deque[_Step] = deque()
         self._readers = ThreadPoolExecutor(max(1, spec.workers), thread_name_prefix="cossl-dali")

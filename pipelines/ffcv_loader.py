@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from cossl.pipelines.batch import WINDOW_PAGES, Batch, Blocks, LoaderSpec, fill
@@ -21,11 +20,12 @@ from cossl.pipelines.cut import workspace as cut_workspace
 from cossl.pipelines.geometry import box_fractions, sample_views
 from cossl.pipelines.jpeg import OK, decode_box
 from cossl.pipelines.jpeg import workspace as jpeg_workspace
+from cossl.pipelines.simd import compiled
 
 _OK, _DECLINED = 0, 1  # what became of a sample
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _cut_views(planes, union, boxes, flips, sizes, targets, b, space):  # type: ignore[no-untyped-def]
     for v in range(len(sizes)):
         top, left, height, width = boxes[v]
@@ -33,7 +33,7 @@ def _cut_views(planes, union, boxes, flips, sizes, targets, b, space):  # type: 
         cut(planes, union[3] - union[1], top - union[1], left - union[0], height, width, flips[v], out, sizes[v], space)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _render(data, rows, boxes, flips, sizes, targets, first, last, planes, spaces, outcome):  # type: ignore[no-untyped-def]
     """Samples first .. last - 1 of a batch: the union of each one's boxes decoded once, every view cut from that.
 
@@ -54,7 +54,7 @@ def _render(data, rows, boxes, flips, sizes, targets, first, last, planes, space
         _cut_views(planes, union, boxes[b], flips[b], sizes, targets, b, spaces[1])
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _render_pixels(pixels, height, width, boxes, flips, sizes, targets, b, planes, space):  # type: ignore[no-untyped-def]
     """One sample from pixels that Pillow decoded."""
     union = (0, 0, width, height)
@@ -91,7 +91,7 @@ class FfcvLoader:
         self._rows = np.stack([beton.starts, beton.sizes, beton.modes == RAW, beton.heights, beton.widths], 1).astype(np.int64)
         self._recipe = np.stack([view.row() for view in spec.recipe])
         self._sizes = np.array([view.size_px for view in spec.recipe])
-        self._space, self._blocks = _Workspace(), Blocks()
+        self._space, self._blocks = _Workspace(), Blocks(spec.batches_ahead + 2)
         self._pool = ThreadPoolExecutor(max(1, spec.workers), thread_name_prefix="cossl-ffcv")
         len(self)
 

@@ -10,7 +10,8 @@ import math
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from numba import njit
+
+from cossl.pipelines.simd import compiled
 
 PHOTOMETRY = ("brightness", "contrast", "saturation", "hue", "order", "grayscale", "blur_sigma", "solarize")
 
@@ -20,14 +21,14 @@ _S30, _S27, _S31, _S11 = np.uint64(30), np.uint64(27), np.uint64(31), np.uint64(
 _UNIT = 2.0**-53
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _mix(z: np.uint64) -> np.uint64:
     z = (z ^ (z >> _S30)) * _MIX_1
     z = (z ^ (z >> _S27)) * _MIX_2
     return z ^ (z >> _S31)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def stream(seed: int, epoch: int, index: int, view: int, purpose: int) -> np.uint64:
     """The key of one independent stream of draws."""
     key = _mix(np.uint64(seed) + _GOLDEN)
@@ -36,7 +37,7 @@ def stream(seed: int, epoch: int, index: int, view: int, purpose: int) -> np.uin
     return key
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def uniform(key: np.uint64, slot: int, low: float, high: float) -> float:
     """Draw number `slot` of the stream, uniform in [low, high)."""
     bits = _mix(key + np.uint64(slot + 1) * _GOLDEN)
@@ -46,7 +47,7 @@ def uniform(key: np.uint64, slot: int, low: float, high: float) -> float:
 GEOMETRY, COLOUR, POSITIONS = 0, 1, 2  # purposes: one stream each
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _random_resized_crop(key: np.uint64, height: int, width: int, spec: np.ndarray, box: np.ndarray) -> None:
     low, high = spec[0], spec[1]
     log_low, log_high = math.log(spec[2]), math.log(spec[3])
@@ -65,7 +66,7 @@ def _random_resized_crop(key: np.uint64, height: int, width: int, spec: np.ndarr
     box[0], box[1], box[2], box[3] = (height - h) // 2, (width - w) // 2, h, w
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _photometry(key: np.uint64, spec: np.ndarray, row: np.ndarray) -> None:
     row[:] = (1, 1, 1, 0, 0, 0, 0, 0)
     if uniform(key, 0, 0, 1) < spec[5]:
@@ -81,7 +82,7 @@ def _photometry(key: np.uint64, spec: np.ndarray, row: np.ndarray) -> None:
         row[7] = 1
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _sample_views(seed, epoch, index, heights, widths, specs, boxes, flips, photometry):  # type: ignore[no-untyped-def]
     for b in range(len(index)):
         for v in range(len(specs)):

@@ -23,7 +23,17 @@ from numba import njit
 from cossl.pipelines import jpeg_header as header
 from cossl.pipelines.cut import LANES as ROWS
 from cossl.pipelines.cut import stride_of
-from cossl.pipelines.simd import address, kernel, read_8, read_32, read_word_big_endian, write_16, write_word, write_word_big_endian
+from cossl.pipelines.simd import (
+    address,
+    compiled,
+    kernel,
+    read_8,
+    read_32,
+    read_word_big_endian,
+    write_16,
+    write_word,
+    write_word_big_endian,
+)
 
 LANES = 32  # blocks gathered before they are transformed
 _U0, _U1, _U56, _U63, _U64 = (np.uint64(n) for n in (0, 1, 56, 63, 64))
@@ -43,7 +53,7 @@ _PLACE = 2 * LANES * np.array(
 # ---- entropy decoding -------------------------------------------------------------------------------------------------------------
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _unstuff(data, at, clean):  # type: ignore[no-untyped-def]
     """Copies data[at:] up to the next marker, without the zeros stuffed behind each 0xFF; (where the marker is, bytes copied)."""
     size, into, source, target = len(data), 0, address(data), address(clean)
@@ -69,7 +79,7 @@ def _unstuff(data, at, clean):  # type: ignore[no-untyped-def]
     return at, into
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _long_code(table, bits):  # type: ignore[no-untyped-def]
     """The entry of a code of more than LOOK bits in the table at that address; 0 where there is none."""
     for length in range(header.LOOK + 1, 17):
@@ -89,7 +99,7 @@ def _value(entry, bits):  # type: ignore[no-untyped-def]
     return np.int64((rest >> _U1) >> (_U63 - size)) - low
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _decode_block(at, bits, count, dc, ac, quant, predicted, places, lane):  # type: ignore[no-untyped-def]
     """One block, dequantized; (at, bits, count, its DC, whether every code was one and no coefficient beyond reason).
 
@@ -136,7 +146,7 @@ def _decode_block(at, bits, count, dc, ac, quant, predicted, places, lane):  # t
     return at, bits, count, predicted, fine and 0 <= extreme < 2 * _LARGEST
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _decode_scan(data, info, quant, tables, places, region, origin, step, tile, clean):  # type: ignore[no-untyped-def]
     """The samples of MCUs region = (left, top, right, bottom), column by column.
 
@@ -225,7 +235,7 @@ def _transform_16(v, coefficients, words):  # type: ignore[no-untyped-def]
         v.store(low.widen(64) | (high.widen(64) << 32), v.offset(words, 8 * LANES * c), 64)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _flush(coefficients, words, targets, steps, lanes):  # type: ignore[no-untyped-def]
     """Transforms the blocks gathered in `coefficients`, puts them into the planes, and clears their place."""
     for lane in range(0, lanes, 16):
@@ -269,7 +279,7 @@ def _to_rgb(v, luma, cb, cr, red, green, blue):  # type: ignore[no-untyped-def]
     v.store((y + ((u * 116130 + 32768) >> 16)).clamp(0, 255), blue, 8)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _upsample(near, far, h, v, odd, low, last, rows, blend, out):  # type: ignore[no-untyped-def]
     """One column of chroma at full resolution at `out`: v rows for each of the chroma rows low .. low + rows - 1.
 
@@ -290,7 +300,7 @@ def _upsample(near, far, h, v, odd, low, last, rows, blend, out):  # type: ignor
         _down(start + 2 * (1 + y), out + 4 * y, upper, lower)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _colour(planes, info, origin, step, corner, box, rgb, stride, blend, up):  # type: ignore[no-untyped-def]
     """rgb [x, 3, stride] of box = (left, top, right, bottom) from planes whose first sample is the picture's (x, y) = corner.
 
@@ -317,7 +327,7 @@ def _colour(planes, info, origin, step, corner, box, rgb, stride, blend, up):  #
             _to_rgb(luma + y, cb + skip + 2 * y, cr + skip + 2 * y, red + y, green + y, blue + y)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def decode_box(data, height, width, box, rgb, space):  # type: ignore[no-untyped-def]
     """Fills rgb [x, 3, stride] with the pixels of box = (left, top, right, bottom), Pillow's own, and returns OK; or returns DECLINED.
 

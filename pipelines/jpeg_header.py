@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from cossl.pipelines.simd import compiled
 
 # info: what the header says, as one int64 row
 HEIGHT, WIDTH, COMPONENTS, H, V, RESTART, SCAN = range(7)
@@ -21,7 +22,7 @@ MAXCODE, OFFSET, SYMBOLS = LOOKUP, LOOKUP + 18, LOOKUP + 36
 TABLE = LOOKUP + 36 + 256
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def entry_of(length, symbol, is_ac):  # type: ignore[no-untyped-def]
     """The table entry of a code of `length` bits."""
     run, size = symbol >> 4, symbol & 15
@@ -30,7 +31,7 @@ def entry_of(length, symbol, is_ac):  # type: ignore[no-untyped-def]
     return (length + size) + (length << LENGTH_AT) + (size << SIZE_AT) + (run << RUN_AT)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _build_table(data, at, symbols_at, is_ac, table):  # type: ignore[no-untyped-def]
     """One Huffman table from its 16 counts at data[at:] and its symbols; False where the counts describe no code."""
     table[:LOOKUP] = 0
@@ -52,7 +53,7 @@ def _build_table(data, at, symbols_at, is_ac, table):  # type: ignore[no-untyped
     return True
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _read_tables(data, at, end, tables, known, defined):  # type: ignore[no-untyped-def]
     """The Huffman tables of one DHT segment; `known` remembers each table's bytes, so that equal tables are built once."""
     while at < end:
@@ -82,7 +83,7 @@ def _read_tables(data, at, end, tables, known, defined):  # type: ignore[no-unty
     return True
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _read_frame(data, at, end, info):  # type: ignore[no-untyped-def]
     """SOF0 or SOF1: size, components, subsampling. False for what is declined."""
     if end - at < 6 or data[at] != 8:
@@ -105,7 +106,7 @@ def _read_frame(data, at, end, info):  # type: ignore[no-untyped-def]
     return info[H] == 1 or info[WIDTH] > 4  # libjpeg has no triangle filter for chroma of one or two columns
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _read_scan(data, at, end, order, info, defined):  # type: ignore[no-untyped-def]
     """SOS: one scan with every component, no progression, all of its tables defined."""
     components = info[COMPONENTS]
@@ -123,7 +124,7 @@ def _read_scan(data, at, end, order, info, defined):  # type: ignore[no-untyped-
     return data[last] == 0 and data[last + 1] == 63 and data[last + 2] == 0
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _read_quantizers(data, at, end, quant, defined):  # type: ignore[no-untyped-def]
     while at < end:
         if data[at] > 3 or at + 65 > end:  # the upper four bits tell of 16-bit tables
@@ -135,7 +136,7 @@ def _read_quantizers(data, at, end, quant, defined):  # type: ignore[no-untyped-
     return True
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def read_header(data, info, quant, tables, known):  # type: ignore[no-untyped-def]
     """Fills info, quant and tables from the segments up to the scan. False for what is damaged or declined."""
     at, size, order = 2, len(data), 0

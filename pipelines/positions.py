@@ -13,9 +13,9 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from numba import njit
 
 from cossl.pipelines.geometry import POSITIONS, stream, uniform
+from cossl.pipelines.simd import compiled
 
 Strategy = Literal["all", "uniform", "grid", "overlap", "disjoint"]
 STRATEGIES: dict[str, int] = {"all": 0, "uniform": 1, "grid": 2, "overlap": 3, "disjoint": 4}
@@ -54,19 +54,19 @@ class PositionSpec:
             raise ValueError(f"strategy 'grid' takes a square number of positions, not {self.count}: try {side**2} or {(side + 1) ** 2}")
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _source_point(x: float, y: float, box: np.ndarray, flip: bool) -> tuple[float, float]:
     if flip:
         x = 1.0 - x
     return box[0] + x * (box[2] - box[0]), box[1] + y * (box[3] - box[1])
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _clipped(x: float) -> float:
     return min(max(x, 0.0), 1.0)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _qualifies(strategy: int, x: float, y: float, reach: float, boxes: np.ndarray, view: int, flip: bool) -> bool:
     """Whether the position at (x, y) that sees `reach` to each side, both as fractions of the view, may be drawn."""
     centre_x, centre_y = _source_point(x, y, boxes[view], flip)
@@ -82,7 +82,7 @@ def _qualifies(strategy: int, x: float, y: float, reach: float, boxes: np.ndarra
     return inside if strategy == _OVERLAP else not touches
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def _sample(strategy, size, stride, offset, reach, seed, epoch, index, boxes, flips, views, count, out):  # type: ignore[no-untyped-def]
     candidates = np.empty(size * size, np.int64)
     side = int(round(math.sqrt(count)))

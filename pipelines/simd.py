@@ -1,4 +1,4 @@
-"""Vector kernels for numba: formulas written once in Python, run on many lanes at a time.
+"""What the compiled code of the pipelines is made with: `compiled` functions, and vector kernels.
 
 numba leaves it to LLVM to find the vectors in a loop, and LLVM often does not: integers grow to 64 bits, arrays may overlap. A function
 marked `@kernel(lanes)` is executed once, at compile time, with a `Lanes` and the addresses it was called with, and what it does to vectors
@@ -9,14 +9,44 @@ The caller keeps the arrays alive, and sees to it that `lanes` elements exist at
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable
-from typing import Any
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
 
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@cache
+def _sources() -> str:
+    """A hash of every file here that holds compiled code."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        text = file.read_bytes()
+        if b"@compiled" in text or b"@njit" in text or b"@kernel" in text:
+            digest.update(text)
+    return digest.hexdigest()
+
+
+def compiled(function: F) -> F:
+    """The function compiled by numba, run without the GIL, and kept on disk for the next process.
+
+    Trap that this avoids: numba keeps a function's machine code, with all that it called inlined, until the file of that one function
+    changes. A new version of a function in another file would go unnoticed; here any change to any of them compiles anew.
+    """
+    dispatcher: Any = njit(nogil=True, cache=True)(function)
+    index = dispatcher._cache._cache_file
+    if not hasattr(index, "_source_stamp"):
+        raise RuntimeError("this numba keeps its cache in another way: install the version of constraints.txt")
+    index._source_stamp = _sources()
+    return dispatcher  # type: ignore[no-any-return]
 
 
 @intrinsic

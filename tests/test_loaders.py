@@ -193,7 +193,7 @@ def test_abandoned_worker_processes_end(open_loader) -> None:
 
 
 def test_memory_is_used_again_only_when_nothing_refers_to_it() -> None:
-    blocks = Blocks()
+    blocks = Blocks(4)
     first = blocks(100)
     kept, where = first[:10], first.data_ptr()
     del first
