@@ -46,7 +46,7 @@ def compiled(function: F) -> F:
     if not hasattr(index, "_source_stamp"):
         raise RuntimeError("this numba keeps its cache in another way: install the version of constraints.txt")
     index._source_stamp = _sources()
-    return dispatcher  # type: ignore[no-any-return]
+    return dispatcher
 
 
 @intrinsic

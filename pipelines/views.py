@@ -69,15 +69,18 @@ def symmetric(size_px: int = 224, crop_min: float = 0.08, jitter: float = 1.0) -
 
 
 def multi_crop(
-    size_px: int = 224, local_px: int = 96, jitter: float = 1.0, crop_split: float = 0.14, local_crops_number: int = 6
+    size_px: int = 224, crop_min: float = 0.14, jitter: float = 1.0, local_px: int | None = None, local_crops_number: int = 6
 ) -> tuple[ViewSpec, ...]:
-    """Two global views of `crop_split` to all of the picture, and local ones of 0.05 to `crop_split` of it, blurred half of the time.
+    """Two global views of `crop_min` to all of the picture, and local ones of 0.05 to `crop_min` of it, blurred half of the time.
 
     Sizes, number and areas are SwAV's (arXiv:2006.09882) and those of DINO's ResNet-50 command (arXiv:2104.14294); as in DINO view 1 is
-    always blurred, view 2 blurred 1 in 10 and solarized 1 in 5. Trap: DINO's own default is eight local views.
+    always blurred, view 2 blurred 1 in 10 and solarized 1 in 5. local_px: 96 for global views of 224 px, and in proportion.
+    Trap: DINO's own default is eight local views.
     """
-    first, second = byol(size_px, crop_split, jitter)
-    local = replace(_blurred(local_px, crop_split, jitter), blur_p=0.5, area_frac=(0.05, crop_split))
+    if crop_min <= 0.05:
+        raise ValueError(f"crops from {crop_min} of the picture: with local views expected more than their smallest, 0.05")
+    first, second = byol(size_px, crop_min, jitter)
+    local = replace(_blurred(local_px or round(size_px * 96 / 224), crop_min, jitter), blur_p=0.5, area_frac=(0.05, crop_min))
     return (first, second, *[local] * local_crops_number)
 
 
@@ -86,5 +89,9 @@ def evaluation(size_px: int = 224, centre_frac: float = 224 / 256) -> tuple[View
     return (ViewSpec(size_px, flip_p=0, jitter_p=0, grayscale_p=0, centre_frac=centre_frac),)
 
 
-RECIPES: dict[str, Callable[[int, float, float], tuple[ViewSpec, ...]]] = {"byol": byol, "symmetric": symmetric}
-CROP_MINS = (0.05, 0.08, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the crop-size ablation: --views.crop-min, with any recipe of two views
+# (size_px, crop_min, jitter) to the views; the crop-size ablation varies crop_min from 0.05 to 1.
+RECIPES: dict[str, Callable[[int, float, float], tuple[ViewSpec, ...]]] = {
+    "byol": byol,
+    "symmetric": symmetric,
+    "multi_crop": multi_crop,
+}

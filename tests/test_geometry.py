@@ -69,6 +69,25 @@ def test_jitter_scales_the_colour_changes_alone(recipe: str) -> None:
     np.testing.assert_allclose(full.max((0, 1)), [0.4, 0.4, 0.2, 0.1], rtol=0.02)
 
 
+@pytest.mark.parametrize("crop_min", [0.05, 0.08, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_crops_cover_the_areas_of_the_ablation(recipe: str, crop_min: float) -> None:
+    if recipe == "multi_crop" and crop_min == 0.05:
+        with pytest.raises(ValueError, match="more than their smallest"):
+            RECIPES[recipe](64, crop_min, 1.0)
+        return
+    views = RECIPES[recipe](64, crop_min, 1.0)
+    boxes, _, _ = sample_views(0, 0, np.arange(400), np.full(400, 300), np.full(400, 300), np.stack([view.row() for view in views]))
+    area = boxes[:, :, 2] * boxes[:, :, 3] / 300**2
+    large = area[:, [view.size_px == 64 for view in views]]
+    assert crop_min - 0.01 < large.min() < crop_min + 0.05
+    assert large.max() > 0.93
+    if recipe == "multi_crop":
+        local = area[:, [view.size_px < 64 for view in views]]
+        assert local.shape == (400, 6)
+        assert 0.04 < local.min() < local.max() < crop_min + 0.01
+
+
 @settings(max_examples=60, deadline=None)
 @given(height=st.integers(1, 700), width=st.integers(1, 700), seed=st.integers(0, 2**31))
 def test_boxes_lie_inside_the_picture(height: int, width: int, seed: int) -> None:

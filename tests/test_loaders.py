@@ -93,7 +93,7 @@ def test_views_of_one_size_stand_together() -> None:
 
 
 def test_multi_crop_comes_with_positions_for_the_sizes_that_have_a_grid(backend: str, open_loader) -> None:
-    recipe = multi_crop(48, 32, local_crops_number=4)
+    recipe = multi_crop(48, local_px=32, local_crops_number=4)
     batch = next(iter(open_loader(backend, replace(SPEC, recipe=recipe)).epoch(0)))
     assert [tuple(view.shape) for view in batch.views] == [(2, 16, 3, 48, 48), (4, 16, 3, 32, 32)]
     assert (batch.positions[:, :2] >= 0).any()
@@ -279,7 +279,7 @@ def test_impossible_orders_are_refused(open_loader) -> None:
         open_loader("torch", replace(SPEC, order="pages"), folder=True)
 
 
-PARITY = {"pair": byol(48, 0.3), "multi-crop": multi_crop(48, 32, local_crops_number=3), "eval": evaluation(32)}
+PARITY = {"pair": byol(48, 0.3), "multi-crop": multi_crop(48, local_px=32, local_crops_number=3), "eval": evaluation(32)}
 
 
 @pytest.mark.parametrize("recipe", PARITY.values(), ids=PARITY)
