@@ -76,7 +76,8 @@ class Beton:
             if size < HEADER.itemsize:
                 raise self._refused(f"{size} bytes are no beton")
             # Read-only map; numpy keeps it alive as long as a view does.
-            self.bytes = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.bytes = np.frombuffer(self._map, dtype=np.uint8)
         self.manifest = self._read_manifest(size)
         self.class_names: tuple[str, ...] = tuple(self.manifest["class_names"]) if self.manifest else ()
         header = self.bytes[: HEADER.itemsize].view(HEADER)[0]
@@ -104,6 +105,18 @@ class Beton:
     def payload(self, i: int) -> NDArray[np.uint8]:
         """The JPEG file or the raw pixels (height * width * 3) of row i, without a copy; any page may have to come from disk."""
         return self.bytes[self.starts[i] : self.starts[i] + self.sizes[i]]
+
+    def ask_for(self, page: int) -> None:
+        """Has the kernel read a page of the beton before it is needed. The page may reach beyond the end."""
+        with self.path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), page * self.page_bytes, self.page_bytes, os.POSIX_FADV_WILLNEED)
+
+    def let_go(self, page: int) -> None:
+        """Gives a page's memory back: first that of our map, as the kernel keeps what is mapped, then that of the page cache."""
+        start = page * self.page_bytes
+        self._map.madvise(mmap.MADV_DONTNEED, start, min(self.page_bytes, len(self._map) - start))
+        with self.path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), start, self.page_bytes, os.POSIX_FADV_DONTNEED)
 
     def open(self, i: int) -> Image.Image:
         """Row i decoded by Pillow, RGB. Raises ValueError when the payload does not decode to its stated size."""

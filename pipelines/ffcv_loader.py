@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -126,16 +125,15 @@ class FfcvLoader:
                 first.setdefault(page, step)
                 last[page] = step
         coming, going = sorted(first, key=first.__getitem__, reverse=True), sorted(last, key=last.__getitem__, reverse=True)
-        held, size = 0, self.beton.page_bytes
-        with self.beton.path.open("rb") as file:
-            for step, index in enumerate(steps):
-                while going and last[going[-1]] < step - self.spec.batches_ahead:
-                    os.posix_fadvise(file.fileno(), going.pop() * size, size, os.POSIX_FADV_DONTNEED)
-                    held -= 1
-                while coming and (held < WINDOW_PAGES or first[coming[-1]] <= step):
-                    os.posix_fadvise(file.fileno(), coming.pop() * size, size, os.POSIX_FADV_WILLNEED)
-                    held += 1
-                yield index
+        held = 0
+        for step, index in enumerate(steps):
+            while going and last[going[-1]] < step - self.spec.batches_ahead:
+                self.beton.let_go(going.pop())
+                held -= 1
+            while coming and (held < WINDOW_PAGES or first[coming[-1]] <= step):
+                self.beton.ask_for(coming.pop())
+                held += 1
+            yield index
 
     def _start(self, epoch: int, index: NDArray[np.int64]) -> tuple[list[Future[None]], Batch]:
         rows = self._rows[index]

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -258,3 +259,36 @@ def test_without_ffcv_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "ffcv", None)
     with pytest.raises(FfcvMissing, match=r"sudo apt-get install .*libturbojpeg0-dev.* pip install .*\.\[ffcv\]"):
         require_ffcv()
+
+
+def test_a_page_let_go_leaves_the_page_cache_and_one_asked_for_comes_back(tmp_path):
+    """Whole pages of 8 MiB, mapped and touched: the kernel keeps a page that is mapped, so the map has to let go first."""
+    if shutil.which("fincore") is None:
+        pytest.skip("fincore (util-linux) tells what is in the page cache, and is not here")
+    random = np.random.default_rng(0)
+    for i in range(12):
+        file = tmp_path / "pictures" / "class" / f"{i:02d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (1000, 900, 3), dtype=np.uint8)).save(file, compress_level=0)
+    convert(tmp_path / "pictures", tmp_path / "set.beton", mode="raw", num_workers=1, progress=False)
+    beton = Beton(tmp_path / "set.beton")
+
+    def cached() -> int:
+        shown = subprocess.run(["fincore", "-b", "-n", "-o", "RES", beton.path], capture_output=True, text=True, check=True)
+        return int(shown.stdout)
+
+    page = int(beton.pages[0])
+    assert int(beton.bytes[::4096].sum()) > 0
+    whole = cached()
+    beton.let_go(page)
+    assert whole - beton.page_bytes <= cached() <= whole - beton.page_bytes // 2
+    payload = beton.payload(0).copy()
+    assert payload.std() > 50
+    beton.let_go(page)
+    before = cached()
+    beton.ask_for(page)
+    deadline = time.monotonic() + 10
+    while cached() < before + beton.page_bytes // 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert cached() > before
+    np.testing.assert_array_equal(beton.payload(0), payload)
