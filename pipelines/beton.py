@@ -34,6 +34,7 @@ FIELD_TYPES = {0: np.dtype("<f8"), 1: np.dtype("<i8"), 2: IMAGE}  # float, int, 
 
 JPG, RAW = 0, 1  # the image field's `mode`
 MANIFEST_FORMAT = "cossl beton manifest 2"
+MANIFEST_LIMIT_BYTES = 1 << 30  # 150 bytes for each of ImageNet's pictures, were they all quarantined, are 0.2 GB
 
 
 class Row(NamedTuple):
@@ -81,7 +82,7 @@ class Beton:
         self.manifest = self._read_manifest(size)
         self.class_names: tuple[str, ...] = tuple(self.manifest["class_names"]) if self.manifest else ()
         header = self.bytes[: HEADER.itemsize].view(HEADER)[0]
-        if header["version"] != 2 or not 2 <= header["num_fields"] <= 64:
+        if header["version"] != 2 or not 2 <= header["num_fields"] <= 64 or header["page_size"] == 0:
             raise self._refused("no ffcv version 2 header")
         self.page_bytes, n = int(header["page_size"]), int(header["num_samples"])
         if n == 0:
@@ -126,12 +127,12 @@ class Beton:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a broken EXIF block does not touch the pixels
-                picture = Image.open(io.BytesIO(self.payload(i).tobytes()), formats=("JPEG",)).convert("RGB")
-        except (OSError, SyntaxError) as error:
+                picture = Image.open(io.BytesIO(self.payload(i).tobytes()), formats=("JPEG",))
+                if picture.size == (width, height):  # before any memory is taken for its pixels
+                    return picture.convert("RGB")
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"{self.path}: row {i} does not decode ({error}); convert again") from error
-        if picture.size != (width, height):
-            raise ValueError(f"{self.path}: row {i} is {picture.size}, its table says {(width, height)}; convert again")
-        return picture
+        raise ValueError(f"{self.path}: row {i} is {picture.size}, its table says {(width, height)}; convert again")
 
     def _refused(self, reason: str) -> ValueError:
         return ValueError(f"{self.path} is not a whole beton: {reason}. Write it again with `cossl convert SRC {self.path} --force`")
@@ -141,10 +142,13 @@ class Beton:
         if not path.exists():
             return None
         try:
+            if (length := path.stat().st_size) > MANIFEST_LIMIT_BYTES:
+                raise ValueError(f"{length:,} bytes")
             manifest: dict[str, Any] = json.loads(path.read_text())
             if manifest["format"] != MANIFEST_FORMAT or manifest.pop("sha256") != manifest_digest(manifest):
                 raise ValueError("it was changed")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            _check_parts(manifest)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is no manifest of a beton ({error}). Remove it, or convert again") from error
         if manifest["beton_bytes"] != size:
             raise self._refused(f"{size:,} bytes where its manifest says {manifest['beton_bytes']:,}")
@@ -173,7 +177,7 @@ class Beton:
         rows, starts, lengths = (table[name].astype(np.int64) for name in ("sample_id", "ptr", "size"))
         if not np.array_equal(np.sort(rows), np.arange(n)):
             raise self._refused("its allocation table does not name every row once")
-        inside = lengths.min() >= 1 and starts.min() >= data_from and (starts + lengths).max() <= table_at
+        inside = lengths.min() >= 1 and starts.min() >= data_from and (lengths <= table_at - starts).all()  # their sum might overflow
         if not inside or not np.array_equal(self.starts[rows], starts):
             raise self._refused("a row points outside the data")
         sizes = np.empty(n, dtype=np.int64)
@@ -236,6 +240,19 @@ def some(names: Iterable[str]) -> str:
 def manifest_digest(manifest: dict[str, Any]) -> str:
     """SHA-256 of a manifest's content, so that a changed manifest is noticed as well as a changed beton."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _check_parts(manifest: dict[str, Any]) -> None:
+    """Raises ValueError, LookupError or TypeError for a manifest whose parts are missing, not of their kinds, or leave bytes unproved."""
+    names, ends, hashes = manifest["class_names"], manifest["chunk_ends"], manifest["chunk_sha256"]
+    if not all(isinstance(name, str) for name in names) or len(names) != len(manifest["class_counts"]):
+        raise ValueError("its classes are not a name and a count each")
+    if not all(isinstance(end, int) for end in ends) or ends != sorted(set(ends)) or len(ends) != len(hashes):
+        raise ValueError("its stretches are not an end and a hash each")
+    if ends[-1] != manifest["beton_bytes"] or ends[0] <= 0:
+        raise ValueError("its stretches do not cover the beton")
+    if not isinstance(manifest["options"], dict) or not all(isinstance(entry["file"], str) for entry in manifest["quarantined"]):
+        raise ValueError("its options or its list of pictures left out is none")
 
 
 def digests(path: Path, start: int, ends: Sequence[int], num_threads: int, progress: Callable[[int], None] = lambda _: None) -> list[str]:

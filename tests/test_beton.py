@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,6 +51,14 @@ def flip_byte(path: Path, at: int) -> None:
     data = bytearray(path.read_bytes())
     data[at] ^= 1
     path.write_bytes(data)
+
+
+def rewrite_manifest(beton: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Replaces parts of the manifest, with a digest that fits."""
+    manifest = json.loads(manifest_path(beton).read_text())
+    del manifest["sha256"]
+    manifest |= change(manifest)
+    manifest_path(beton).write_text(json.dumps({**manifest, "sha256": manifest_digest(manifest)}))
 
 
 def test_ffcv_reads_the_same_rows(whole):
@@ -140,6 +150,38 @@ def test_a_pointer_outside_the_file_is_refused(beton):
         Beton(beton)
 
 
+@pytest.mark.parametrize("size", [(1 << 63) - 1, 1 << 63, (1 << 64) - 1])
+def test_a_size_that_overflows_is_refused(beton, size):
+    """start + size in 64 bits is negative then, and so inside any file."""
+    manifest_path(beton).unlink()
+    data = np.fromfile(beton, dtype=np.uint8)
+    data[-8:].view("<u8")[:] = size
+    data.tofile(beton)
+    with pytest.raises(ValueError, match="a row points outside the data"):
+        Beton(beton)
+
+
+def test_pages_of_no_bytes_are_refused(beton):
+    manifest_path(beton).unlink()
+    data = np.fromfile(beton, dtype=np.uint8)
+    data[: HEADER.itemsize].view(HEADER)["page_size"] = 0
+    data.tofile(beton)
+    with pytest.raises(ValueError, match="no ffcv version 2 header"):
+        Beton(beton)
+
+
+def test_a_picture_of_another_size_than_its_row_is_not_decoded(beton):
+    """A JPEG header may claim gigapixels: Pillow would answer with an error of its own, or with gigabytes."""
+    manifest_path(beton).unlink()
+    data, at = np.fromfile(beton, dtype=np.uint8), int(Beton(beton).starts[3])
+    frame = at + data[at : at + 2000].tobytes().index(b"\xff\xc0\x00\x11\x08") + 5
+    for side, said in ((b"\x00\x40", "row 3 is"), (b"\xff\xff", "row 3 ")):
+        data[frame : frame + 4] = np.frombuffer(side * 2, np.uint8)
+        data.tofile(beton)
+        with pytest.raises(ValueError, match=said):
+            Beton(beton).open(3)
+
+
 def test_verify_looks_at_every_place(beton):
     """Two payloads that share bytes, and one across two pages: what a file with good hashes may hold all the same."""
     good = beton.read_bytes()
@@ -175,10 +217,7 @@ def test_verify_decodes_what_the_hashes_cannot_know(beton):
     data = bytearray(beton.read_bytes())
     data[at : at + 2] = b"no"
     beton.write_bytes(data)
-    manifest = json.loads(manifest_path(beton).read_text())
-    manifest["chunk_sha256"] = digests(beton, 0, manifest["chunk_ends"], 1)
-    del manifest["sha256"]
-    manifest_path(beton).write_text(json.dumps({**manifest, "sha256": manifest_digest(manifest)}))
+    rewrite_manifest(beton, lambda old: {"chunk_sha256": digests(beton, 0, old["chunk_ends"], 1)})
     assert verify(beton, decode=0).num_decoded == 0
     with pytest.raises(ValueError, match="row 5 does not decode"):
         verify(beton, decode=None)
@@ -198,11 +237,38 @@ def test_a_manifest_that_does_not_belong_is_refused(beton):
         verify(beton)
 
 
+MALFORMED = {
+    "no entry": {"class_names": None},
+    "names that are none": {"class_names": [1, 2, 3]},
+    "more names than counts": {"class_names": ["a"]},
+    "a stretch without a hash": {"chunk_sha256": []},
+    "stretches that end early": {"chunk_ends": [100], "chunk_sha256": ["0"]},
+    "no stretch": {"chunk_ends": [], "chunk_sha256": []},
+    "stretches backwards": lambda old: {"chunk_ends": old["chunk_ends"][::-1]},
+    "an end that is no number": {"chunk_ends": ["x"], "chunk_sha256": ["0"]},
+    "left out, but what": {"quarantined": [{}]},
+    "no options": {"options": 3},
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_manifest_whose_own_digest_is_right_is_not_believed_blindly(beton, name):
+    """Above all, `verify` says `whole` only of stretches that cover the file."""
+    change = MALFORMED[name]
+    rewrite_manifest(beton, change if callable(change) else lambda _: change)
+    with pytest.raises(ValueError, match=r"set.beton.json is no manifest of a beton"):
+        Beton(beton)
+
+
+def test_a_manifest_too_large_to_be_one_is_not_read(beton):
+    with manifest_path(beton).open("ab") as file:
+        file.truncate(1 << 40)  # a hole: it takes no room
+    with pytest.raises(ValueError, match=r"set.beton.json is no manifest of a beton \(1,099,511,627,776 bytes\)"):
+        Beton(beton)
+
+
 def test_labels_out_of_the_manifests_range(beton):
-    manifest = json.loads(manifest_path(beton).read_text())
-    del manifest["sha256"]
-    manifest["class_counts"] = manifest["class_counts"][:2]
-    manifest_path(beton).write_text(json.dumps({**manifest, "sha256": manifest_digest(manifest)}))
+    rewrite_manifest(beton, lambda old: {part: old[part][:2] for part in ("class_names", "class_counts")})
     with pytest.raises(ValueError, match="labels are not those of its manifest"):
         verify(beton)
 
