@@ -1,14 +1,15 @@
 """A beton on its way: the folder beside the target in which a conversion grows, and from which it goes on after any kill.
 
-`.<name>.partial` holds the beton, and a journal with one line per finished shard, in order, that holds the SHA-256 of the shard's bytes. A
-resumed conversion believes the lines whose bytes still have that hash (a kill or a power failure may have torn the last ones) and goes on
-behind them. The journal is locked while any process of a conversion lives: the lock dies with the last one.
+`.<name>.partial` holds the beton, and a journal with one line per finished shard, in order, that holds the SHA-256 of the shard's bytes and,
+in front, its own. A resumed conversion believes the lines for which both hold (a kill or a power failure may have torn the last ones) and
+goes on behind them. The journal is locked while any process of a conversion lives: the lock dies with the last one.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -36,6 +37,19 @@ class Shard(NamedTuple):
 
 def partial_folder(out: Path) -> Path:
     return out.with_name(f".{out.name}.partial")
+
+
+def _digest(text: bytes) -> bytes:
+    return hashlib.sha256(text).hexdigest().encode()
+
+
+def _content(line: bytes) -> dict[str, Any]:
+    """What a line of the journal says. Raises ValueError for one that is not as it was written."""
+    digest, _, text = line.removesuffix(b"\n").partition(b" ")
+    if digest != _digest(text):
+        raise ValueError("a damaged line")
+    content: dict[str, Any] = json.loads(text)
+    return content
 
 
 class Partial:
@@ -76,7 +90,10 @@ class Partial:
         """Takes up what the journal proves done, or starts an empty one. Raises ValueError when what is there should not be lost."""
         lines = self._file_lines()
         if len(lines) > 1 and not restart:
-            found = json.loads(lines[0])
+            try:
+                found = _content(lines[0])
+            except ValueError:
+                raise ValueError(f"{self.journal} does not say what was converted; --force starts again") from None
             if not resume:
                 raise ValueError(f"{self.folder} holds an unfinished conversion; --resume goes on with it, --force starts again")
             if found != identity:
@@ -102,8 +119,8 @@ class Partial:
         shards: list[Shard] = []
         for line in lines:
             try:
-                shard = Shard(**json.loads(line))
-            except (ValueError, TypeError):
+                shard = Shard(**_content(line))
+            except ValueError:
                 break
             if shard.start != (shards[-1].end if shards else start):
                 break
@@ -115,7 +132,8 @@ class Partial:
         return shards[:good]
 
     def _append(self, content: dict[str, Any]) -> None:
-        line = memoryview(json.dumps(content, separators=(",", ":")).encode() + b"\n")
+        text = json.dumps(content, separators=(",", ":")).encode()
+        line = memoryview(_digest(text) + b" " + text + b"\n")
         while line:
             line = line[self._file.write(line) :]
 

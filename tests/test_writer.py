@@ -288,11 +288,13 @@ def killed(folder, tmp_path) -> Path:
     return out
 
 
-@pytest.mark.parametrize("damage", ["first shard", "last shard", "cut beton", "no beton", "torn line", "line without end", "line of zeros"])
+@pytest.mark.parametrize(
+    "damage", ["first shard", "last shard", "cut beton", "no beton", "torn line", "line without end", "line of zeros", "other row"]
+)
 def test_what_a_power_failure_tore_is_done_again(damage, killed, folder, expected, monkeypatch):
     beton, journal = (killed.with_name(f".{killed.name}.partial") / name for name in ("beton", "journal"))
     lines = journal.read_bytes().splitlines(keepends=True)
-    shards = [json.loads(line) for line in lines[1:] if line.endswith(b"\n")]
+    shards = [json.loads(line.partition(b" ")[2]) for line in lines[1:] if line.endswith(b"\n")]
     data = bytearray(beton.read_bytes())
     trusted = len(shards)
     if damage == "first shard":
@@ -313,6 +315,9 @@ def test_what_a_power_failure_tore_is_done_again(damage, killed, folder, expecte
     elif damage == "line of zeros":
         lines[2] = bytes(len(lines[2]) - 1) + b"\n"
         trusted = 1
+    elif damage == "other row":  # the bytes of its shard are as they were
+        lines[2] = lines[2].replace(b"[0,", b"[1,", 1)
+        trusted = 1
     beton.write_bytes(data)
     journal.write_bytes(b"".join(lines))
     if damage == "no beton":
@@ -327,6 +332,16 @@ def test_what_a_power_failure_tore_is_done_again(damage, killed, folder, expecte
     monkeypatch.setattr(conversion, "write_rows", watched)
     convert(folder, killed, mode="proportion", num_workers=2, resume=True, progress=False)
     assert asked == [trusted]
+    assert content(killed) == expected
+
+
+@pytest.mark.parametrize("first", [b"\0\0\0\n", b"[]\n", b"\xff\n"])
+def test_a_journal_that_cannot_be_read_is_said_with_the_remedy(first, killed, folder, expected):
+    journal = killed.with_name(f".{killed.name}.partial") / "journal"
+    journal.write_bytes(first + b"".join(journal.read_bytes().splitlines(keepends=True)[1:]))
+    with pytest.raises(ValueError, match=r"journal.* does not say what was converted; --force starts again"):
+        convert(folder, killed, mode="proportion", resume=True, progress=False)
+    convert(folder, killed, mode="proportion", overwrite=True, progress=False)
     assert content(killed) == expected
 
 
