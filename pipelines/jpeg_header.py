@@ -93,6 +93,8 @@ def _read_frame(data, at, end, info):  # type: ignore[no-untyped-def]
     if components not in (1, 3) or end - at != 6 + 3 * components:
         return False
     info[H], info[V] = data[at + 7] >> 4, data[at + 7] & 15
+    if not (1 <= info[H] <= 4 and 1 <= info[V] <= 4):
+        return False
     for c in range(components):
         info[QUANT_OF + c] = data[at + 8 + 3 * c]
         if info[QUANT_OF + c] > 3 or (c and data[at + 7 + 3 * c] != 0x11):
@@ -101,7 +103,7 @@ def _read_frame(data, at, end, info):  # type: ignore[no-untyped-def]
         info[H] = info[V] = 1  # a single component is not interleaved, whatever its factors say
     elif data[at + 6] == 82 and data[at + 9] == 71 and data[at + 12] == 66:
         return False  # "RGB"
-    if not (1 <= info[H] <= 2 and 1 <= info[V] <= 2):
+    if info[H] > 2 or info[V] > 2:
         return False
     return info[H] == 1 or info[WIDTH] > 4  # libjpeg has no triangle filter for chroma of one or two columns
 

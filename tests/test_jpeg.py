@@ -48,9 +48,7 @@ def boxed(data: bytes, height: int, width: int, box: tuple[int, int, int, int]) 
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize(
-    "options", [{"quality": 90}, {"quality": 5}, {"quality": 100, "optimize": True}, {"quality": 75, "restart_marker_blocks": 3}]
-)
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("subsampling", [0, 1, 2, "grey"])
 def test_pixels_are_pillows(size: tuple[int, int], options: dict, subsampling: int | str) -> None:
     image = photo(*size)
@@ -93,6 +91,19 @@ DECLINED = {
 @pytest.mark.parametrize("kind", DECLINED)
 def test_other_kinds_are_left_to_pillow(kind: str) -> None:
     assert ours(DECLINED[kind], 30, 40) is None
+
+
+@pytest.mark.parametrize("factors", [0x11, 0x22, 0x41, 0x34, 0x15, 0xC1, 0x01, 0x20])
+def test_sampling_factors_of_a_single_component_only_have_to_be_allowed(factors: int) -> None:
+    data = bytearray(encoded(photo(40, 30).convert("L"), restart_marker_blocks=4))
+    data[data.index(b"\xff\xc0") + 11] = factors
+    result = ours(bytes(data), 30, 40)
+    if all(1 <= factor <= 4 for factor in divmod(factors, 16)):
+        np.testing.assert_array_equal(result, pillow(bytes(data)))
+    else:
+        assert result is None
+        with pytest.raises(OSError, match="broken data stream"):
+            pillow(bytes(data))
 
 
 def test_another_size_than_stated_is_declined() -> None:
