@@ -1,8 +1,8 @@
 """A beton on its way: the folder beside the target in which a conversion grows, and from which it goes on after any kill.
 
-`.<name>.partial` holds the beton, and a journal with one line per finished shard, in order, that holds the SHA-256 of the shard's bytes and,
-in front, its own. A resumed conversion believes the lines for which both hold (a kill or a power failure may have torn the last ones) and
-goes on behind them. The journal is locked while any process of a conversion lives: the lock dies with the last one.
+`.<name>.partial` holds the beton, and a journal with one line per finished shard, in order, that holds the SHA-256 of the shard's bytes
+and, in front, its own. A resumed conversion believes the lines for which both hold (a kill or a power failure may have torn the last ones)
+and goes on behind them. The journal is locked while any process of a conversion lives: the lock dies with the last one.
 """
 
 from __future__ import annotations
@@ -131,6 +131,9 @@ class Partial:
         good = next((i for i, (shard, digest) in enumerate(zip(shards, ours, strict=True)) if shard.sha256 != digest), len(shards))
         return shards[:good]
 
+    def num_journaled(self) -> int:
+        return max(0, len(self._file_lines()) - 1)
+
     def _append(self, content: dict[str, Any]) -> None:
         text = json.dumps(content, separators=(",", ":")).encode()
         line = memoryview(_digest(text) + b" " + text + b"\n")
@@ -166,7 +169,7 @@ def partial_beton(out: Path, identity: dict[str, Any], start: int, *, resume: bo
             raise RuntimeError(f"{error}. {done:,} pictures are done and kept: put it right, then go on with --resume") from error
         raise
     except KeyboardInterrupt:
-        keep = bool(partial.shards)
+        keep = partial.num_journaled() > 0  # it may come between a line of the journal and all that follows
         raise
     finally:
         partial.close(remove=not keep)

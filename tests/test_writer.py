@@ -24,7 +24,7 @@ from PIL import Image
 import cossl.pipelines.beton_writer as writer
 import cossl.pipelines.convert as conversion
 from cossl.pipelines.beton import Beton, manifest_path, verify
-from cossl.pipelines.beton_partial import Partial
+from cossl.pipelines.beton_partial import Partial, Shard
 from cossl.pipelines.beton_writer import PAGE_BYTES, place, storage_order
 from cossl.pipelines.convert import FolderRows, convert
 from cossl.tools import cli
@@ -403,6 +403,19 @@ def test_workers_of_a_killed_command_end_and_free_the_lock(folder, tmp_path, exp
     process.join()
     convert(folder, out, mode="proportion", num_workers=1, resume=True, progress=False)
     assert content(out) == expected
+
+
+def test_an_interrupt_right_after_the_first_line_of_the_journal_keeps_it(folder, tmp_path, monkeypatch):
+    out = tmp_path / "set.beton"
+
+    def interrupted(partial: Partial, shard: Shard) -> None:
+        partial._append(shard._asdict())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Partial, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert(folder, out, num_workers=1, progress=False)
+    assert journaled(out) == 1
 
 
 def test_an_interrupt_keeps_what_is_done_and_says_so(folder, tmp_path, expected, capfd, monkeypatch):
