@@ -99,6 +99,23 @@ def test_the_command_line_answers_mistakes_in_one_line(tmp_path: Path, argv: lis
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.parametrize("verb", ["convert", "verify", "bench", "doctor"])
+def test_ctrl_c_ends_any_command_in_one_line(verb: str) -> None:
+    code = f"""
+import sys
+from types import SimpleNamespace
+from unittest import mock
+from cossl.tools import cli
+def interrupted(argv): raise KeyboardInterrupt
+sys.argv = ["cossl", {verb!r}]
+module = SimpleNamespace(**{{function: interrupted for _, function, _ in cli.VERBS.values()}})
+with mock.patch.object(cli, "import_module", lambda name: module):
+    cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, f"cossl {verb}: stopped\n")
+
+
 def test_imports_keep_their_direction_and_have_no_side_effects() -> None:
     run(str(Path(sys.executable).parent / "lint-imports"), cwd=ROOT)
     state = "(torch.get_num_threads(), torch.initial_seed())"

@@ -1,4 +1,4 @@
-"""The command `cossl <verb>`: finds the verb, and turns a user's mistake into one line and exit code 2."""
+"""The command `cossl <verb>`: finds the verb, and turns a user's mistake into one line and exit code 2, Ctrl-C into one and 130."""
 
 from __future__ import annotations
 
@@ -37,6 +37,9 @@ def main() -> None:
             raise
         print(f"cossl {verb}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"cossl {verb}: stopped", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
