@@ -172,7 +172,10 @@ def _orientation(picture: Image.Image) -> int:
 
 @dataclass(frozen=True)
 class ConvertReport:
-    """What a conversion left behind: rows by how they were stored, pictures left out as (file, reason), and its cost."""
+    """What a conversion left behind: rows by how they were stored, pictures left out as (file, reason), and its cost.
+
+    `num_converted` counts the pictures that this call went through in `seconds`; a resumed conversion found the others done.
+    """
 
     out: Path
     num_rows: int
@@ -181,6 +184,7 @@ class ConvertReport:
     quarantined: tuple[tuple[str, str], ...]
     beton_bytes: int
     seconds: float
+    num_converted: int
 
 
 @contextmanager
@@ -269,10 +273,11 @@ def _publish(partial: Partial, manifest: dict[str, Any], out: Path, overwrite: b
     _sync(out.parent)
 
 
-def _report(out: Path, manifest: dict[str, Any], started: float) -> ConvertReport:
+def _report(out: Path, manifest: dict[str, Any], started: float, num_converted: int) -> ConvertReport:
     quarantined = tuple((entry["file"], entry["reason"]) for entry in manifest["quarantined"])
     names, seconds = tuple(manifest["class_names"]), time.monotonic() - started
-    return ConvertReport(out, manifest["num_rows"], names, manifest["stored"], quarantined, manifest["beton_bytes"], seconds)
+    size = manifest["beton_bytes"]
+    return ConvertReport(out, manifest["num_rows"], names, manifest["stored"], quarantined, size, seconds, num_converted)
 
 
 def convert(
@@ -313,7 +318,7 @@ def convert(
             raise ValueError(f"{out} exists, of other pictures or options; --force writes it again, and keeps it until then")
         if partial_folder(out).exists():  # killed after its last step but one
             Partial(out).close(remove=True)
-        return _report(out, manifest, started)
+        return _report(out, manifest, started, 0)
     restart = overwrite and not resume
     with partial_beton(out, identity, data_start(len(rows)), resume=resume, restart=restart, num_threads=workers) as partial:
         done = sum(len(shard.rows) for shard in partial.shards)
@@ -322,7 +327,7 @@ def convert(
         _refuse_lost_classes(source, names, labels, written)
         manifest = _manifest(Beton(partial.beton), source, names, rows, identity, written)
         _publish(partial, manifest, out, overwrite)
-    return _report(out, manifest, started)
+    return _report(out, manifest, started, len(rows) - done)
 
 
 def _refuse_lost_classes(source: Path, names: list[str], labels: list[int], written: Written) -> None:
@@ -347,7 +352,10 @@ def compare_with_source(
     if ours.manifest is None:
         raise FileNotFoundError(f"{beton} has no manifest that names its source; convert again")
     files, labels, names = list_pictures(source, labels_file, classes)
-    options = Options(**ours.manifest["options"])
+    try:
+        options = Options(**ours.manifest["options"])
+    except TypeError:
+        raise ValueError(f"{manifest_path(beton)} names options that this version does not know; convert again") from None
     if _identity(source, files, labels, names, options)["pictures_sha256"] != ours.manifest["pictures_sha256"]:
         raise ValueError(f"{source} does not hold the pictures that {beton} was made of: names, labels or number differ")
     left_out = {entry["file"] for entry in ours.manifest["quarantined"]}

@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,12 @@ def test_left_out_pictures_take_no_row_and_are_listed(folder, tmp_path):
     assert beton.manifest["source"] == "pictures"
     assert verify(tmp_path / "set.beton", decode=None).num_decoded == 18
     text = summary(report)
+    assert "pictures/s)" in text
+    again = convert(folder, tmp_path / "set.beton", resume=True, progress=False)
+    assert "was finished before" in summary(again)  # no rate: nothing was converted
+    odd = summary(replace(report, quarantined=((os.fsdecode(b"b\xff.jpg"), "why"),)))
+    assert r"b\xff.jpg: why" in odd
+    odd.encode()  # so a terminal of UTF-8 can show it
     assert "18 pictures (18 original bytes) in 2 classes" in text
     assert "class0/000.jpg: empty file" in text
 

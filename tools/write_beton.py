@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,22 +79,25 @@ class VerifyArgs:
 def summary(report: conversion.ConvertReport) -> str:
     """The end of a conversion, for people: counts, size, time, and the first pictures left out with their reasons."""
     how = ", ".join(f"{count:,} {name}" for name, count in sorted(report.stored.items()))
-    rate = (report.num_rows + len(report.quarantined)) / report.seconds
-    lines = [
-        f"{report.out}: {report.num_rows:,} pictures ({how}) in {len(report.class_names):,} classes, "
-        f"{report.beton_bytes / 2**20:,.1f} MiB in {report.seconds:.1f} s ({rate:,.0f} pictures/s)"
-    ]
+    before = report.num_rows + len(report.quarantined) - report.num_converted
+    cost = f"in {report.seconds:.1f} s ({report.num_converted / report.seconds:,.0f} pictures/s)"
+    if before:
+        cost += f" for {report.num_converted:,} of them; {before:,} were done before"
+    if not report.num_converted:
+        cost = "(was finished before)"
+    size = f"{report.beton_bytes / 2**20:,.1f} MiB"
+    lines = [f"{report.out}: {report.num_rows:,} pictures ({how}) in {len(report.class_names):,} classes, {size} {cost}"]
     if left_out := report.quarantined:
         lines.append(f"{len(left_out):,} left out, each listed in {manifest_path(report.out).name}:")
-        lines += [f"  {file}: {reason}" for file, reason in left_out[:NAMES_SHOWN]]
+        # A name need not be UTF-8: what cannot be printed is shown as bytes.
+        lines += [f"  {os.fsencode(file).decode(errors='backslashreplace')}: {reason}" for file, reason in left_out[:NAMES_SHOWN]]
         lines += [f"  ... and {len(left_out) - NAMES_SHOWN:,} more"] if len(left_out) > NAMES_SHOWN else []
     return "\n".join(lines)
 
 
 def convert_main(argv: Sequence[str]) -> None:
     """`cossl convert SRC OUT.beton`. Raises what `convert` raises; exit code 130 after Ctrl-C."""
-    description = f"Write an image folder to a beton.\n\n{conversion.__doc__}"
-    args = parse_flags(ConvertArgs, argv, "cossl convert", description)
+    args = parse_flags(ConvertArgs, argv, "cossl convert", conversion.__doc__ or "")
     try:
         report = _convert(args)
     except KeyboardInterrupt:
