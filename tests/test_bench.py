@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cossl.tools import bench, bench_loaders, bench_rows, doctor
+from cossl.tools import bench, bench_loaders, bench_pictures, bench_rows, doctor
 from cossl.tools.bench import Stopwatch, descendants, peak_rss_mib
 from cossl.tools.bench_kernels import sampling
 from cossl.tools.bench_pictures import generated_folder, prepare, shrunk_folder
@@ -123,7 +123,7 @@ def test_generated_pictures_are_the_same_every_time_and_weigh_what_photographs_w
     assert {size_of(file) for file in files} == {(500, 375)}
 
 
-def test_pictures_of_a_folder_are_shrunk_and_taken_again_until_there_are_enough(tmp_path: Path) -> None:
+def test_pictures_of_a_folder_are_shrunk_and_taken_again_until_there_are_enough(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "source" / "class").mkdir(parents=True)
     for i, size in enumerate([(1000, 400), (60, 80)]):
         Image.new("RGB", size, (40 * i, 90, 20)).save(tmp_path / "source" / "class" / f"{i}.png")
@@ -131,6 +131,9 @@ def test_pictures_of_a_folder_are_shrunk_and_taken_again_until_there_are_enough(
     sizes = [size_of(file) for file in sorted(pictures.folder.glob("*/*"))]
     assert sizes == [(500, 200), (60, 80), (500, 200), (60, 80), (500, 200)]
     assert (pictures.count, pictures.different, pictures.beton) == (5, 2, None)
+    monkeypatch.setattr(bench_pictures, "LARGEST_SET", 4)
+    few = prepare(None, 3, tmp_path, tmp_path / "few", with_beton=False)
+    assert (few.count, few.different, len(list(few.folder.glob("*/*")))) == (3, 3, 3)
     (tmp_path / "source" / "class" / "2.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"1 of 3 pictures .* cannot be read, the first is .*2\.png"):
         shrunk_folder(tmp_path / "source", 3, tmp_path / "again")
@@ -222,6 +225,9 @@ def test_ratios_are_taken_turn_by_turn_and_judged() -> None:
         (["bench", "loaders", "--images", "0"], "--images 0: expected 1 or more"),
         (["bench", "loaders", "nowhere", "--rows", "ours-torch"], "no such folder: nowhere"),
         (["bench", "loaders", "--json", "nowhere/out.json"], "there is no folder nowhere"),
+        (["bench", "parity", "--images", "49"], "--images 49: expected at least 50"),
+        (["bench", "parity", "--json", "nowhere/out.json"], "there is no folder nowhere"),
+        (["bench", "parity", "--picture", "nowhere/out.png"], "there is no folder nowhere"),
         (["doctor", "--workers", "0"], "--workers 0"),
         (["doctor", "--data", "nowhere"], "nowhere"),
     ],
@@ -256,10 +262,11 @@ def test_the_doctor_names_a_limit_a_knob_and_what_is_missing(pictures: Path, mon
     for stage in ("storage, cold", "decode and cut", "transfer", "augment", "step"):
         assert f"\n{stage}" in said
     assert "\nlimit      step: " in said
-    assert "Knob: " in said
+    assert "\nknob       " in said
     assert "missing    ffcv" in said
     assert "pip install" in said
     assert len(said.splitlines()) <= 24  # one screen
+    assert max(map(len, said.splitlines())) <= doctor.SCREEN_COLUMNS
 
 
 def test_the_doctor_blames_the_slowest_stage() -> None:
@@ -267,16 +274,16 @@ def test_the_doctor_blames_the_slowest_stage() -> None:
         known = {"storage, cold": 1e4, "decode and cut": 2e3, "augment": 1e4, "step": 1e3}
         return [doctor.Stage(name, rate, "", f"turn {name}") for name, rate in (known | rates).items()]
 
-    limit, expect, workers = doctor.verdict(stages(), cost_ms=1.0, gpu=True)
+    limit, knob, expect, workers = doctor.verdict(stages(), cost_ms=1.0, gpu=True)
     assert "step: 1,000" in limit
-    assert "turn step" in limit
+    assert "turn step" in knob
     assert "909 pictures/s" in expect  # augmentation and step share the GPU
     assert "--loader.workers 2 " in workers
-    assert "625 pictures/s" in doctor.verdict(stages(), 1.0, gpu=False)[1]
-    limit, expect, _ = doctor.verdict(stages(**{"storage, cold": 50.0}), 1.0, gpu=True)
+    assert "625 pictures/s" in doctor.verdict(stages(), 1.0, gpu=False)[2]
+    limit, _, expect, _ = doctor.verdict(stages(**{"storage, cold": 50.0}), 1.0, gpu=True)
     assert "storage, cold: 50" in limit
     assert "50 pictures/s" in expect
-    assert f"would take 1,364 cores, and there are {bench.num_cores()}" in doctor.verdict(stages(), 1e3, gpu=True)[2].replace(
+    assert f"would take 1,364 cores, and there are {bench.num_cores()}" in doctor.verdict(stages(), 1e3, gpu=True)[3].replace(
         "1364", "1,364"
     )
 

@@ -40,11 +40,13 @@ def main(argv: Sequence[str]) -> None:
     if argv[0] not in KINDS:
         raise ValueError(f"unknown kind {argv[0]!r}{did_you_mean(argv[0], KINDS)}")
     module, function, _ = KINDS[argv[0]]
-    try:
-        getattr(import_module(module), function)(argv[1:])
-    except KeyboardInterrupt:
-        progress("stopped")
-        raise SystemExit(130) from None
+    getattr(import_module(module), function)(argv[1:])
+
+
+def require_folder_of(flag: str, path: Path | None) -> None:
+    """Raises FileNotFoundError, before anything is measured, when the file that the flag names could not be written after it."""
+    if path is not None and not path.parent.is_dir():
+        raise FileNotFoundError(f"{flag} {path}: there is no folder {path.parent}; make it first")
 
 
 def did_you_mean(word: str, known: Sequence[str] | dict[str, Any]) -> str:

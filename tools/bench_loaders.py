@@ -22,7 +22,7 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
-from cossl.tools.bench import did_you_mean, installed, machine, num_cores, progress, spread
+from cossl.tools.bench import did_you_mean, installed, machine, num_cores, progress, require_folder_of, spread
 from cossl.tools.bench_kernels import Kernel, measure_kernels
 from cossl.tools.bench_pictures import Pictures, default_source, prepare
 from cossl.tools.bench_rows import RAMP_BATCHES, ROWS, SPARE_BATCHES, VIEWS, Job, as_argument
@@ -91,8 +91,7 @@ class LoadersArgs:
                 raise ValueError(f"{flag} {number}: expected 1 or more")
         if not self.rows or not self.views or not self.workers or min(self.workers) < 1:
             raise ValueError("--rows, --views and --workers each need a value, and workers are 1 or more")
-        if self.json is not None and not self.json.parent.is_dir():
-            raise FileNotFoundError(f"--json {self.json}: there is no folder {self.json.parent}")
+        require_folder_of("--json", self.json)
 
 
 # ---- the processes that measure ---------------------------------------------------------------------------------------------------
@@ -348,7 +347,7 @@ def table(report: dict[str, Any]) -> Iterator[str]:
 
 def loaders_main(argv: Sequence[str]) -> None:
     """`cossl bench loaders [SRC]`. Raises ValueError or OSError for a user's mistake; exits with 1 when a row failed."""
-    args = parse_flags(LoadersArgs, argv, "cossl bench loaders", f"Loaders beside their peers.\n\n{__doc__}")
+    args = parse_flags(LoadersArgs, argv, "cossl bench loaders", __doc__ or "")
     began, source = time.perf_counter(), args.source or default_source()
     plan = planned(args)
     needs_beton = any(ROWS[name].reads == "beton" and not _missing(name) for name in args.rows)

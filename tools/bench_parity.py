@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from cossl.pipelines import make_loader
 from cossl.pipelines.batch import Batch, LoaderSpec
 from cossl.pipelines.picture import draw_side_by_side
 from cossl.pipelines.views import ViewSpec, byol, multi_crop
-from cossl.tools.bench import installed, machine, progress, spread
+from cossl.tools.bench import installed, machine, progress, require_folder_of, spread
 from cossl.tools.bench_pictures import default_source, prepare
 from cossl.train import cache_dir, parse_flags, replace_text
 
@@ -41,13 +42,19 @@ class ParityArgs:
     else generated pictures."""
 
     images: int = 300
-    """How many pictures, evenly spread over the folder."""
+    """How many pictures, evenly spread over the folder; compared in whole batches of 50."""
 
     picture: Path | None = None
     """Write a PNG here: the first three samples by each loader, side by side."""
 
     json: Path | None = None
     """Write the table here."""
+
+    def __post_init__(self) -> None:
+        if self.images < BATCH_SIZE:
+            raise ValueError(f"--images {self.images}: expected at least {BATCH_SIZE}")
+        require_folder_of("--picture", self.picture)
+        require_folder_of("--json", self.json)
 
 
 def compare(ours: Batch, reference: Batch) -> list[float]:
@@ -76,8 +83,8 @@ def measure(folder: Path, beton: Path, recipe: tuple[ViewSpec, ...], picture: Pa
         for name, batch in zip(others, batches[1:], strict=True):
             ratios[name] += compare(batch, batches[0])
         if step == 0 and picture is not None:
-            shown = dict(zip(loaders, batches, strict=True)) | {}
-            draw_side_by_side(picture, {n: b for n, b in shown.items() if n != "torch, beton"}, loaders[reference].picture, DRAWN)
+            shown = {name: batch for name, batch in zip(loaders, batches, strict=True) if name != "torch, beton"}
+            draw_side_by_side(picture, shown, loaders[reference].picture, DRAWN)
     for loader in loaders.values():
         loader.close()
     return [_row(name, values) for name, values in ratios.items()]
@@ -93,8 +100,6 @@ def _row(name: str, ratios: list[float]) -> dict[str, Any]:
 def parity_main(argv: Sequence[str]) -> None:
     """`cossl bench parity [SRC]`. Raises ValueError or OSError for a user's mistake."""
     args = parse_flags(ParityArgs, argv, "cossl bench parity", __doc__ or "")
-    if args.images < BATCH_SIZE:
-        raise ValueError(f"--images {args.images}: expected at least {BATCH_SIZE}")
     rows = []
     with tempfile.TemporaryDirectory(prefix="cossl-parity-") as scratch:
         pictures = prepare(args.source or default_source(), args.images, cache_dir(), Path(scratch), True)
@@ -108,5 +113,10 @@ def parity_main(argv: Sequence[str]) -> None:
         psnr = "" if row["psnr_min_db"] is None else f"{row['psnr_min_db']:>9.1f} dB{row['psnr_median_db']:>6.1f} dB"
         print(f"{row['loader']:<16}{row['views']:<14}{row['n_views']:>7}{row['identical_views']:>11}{psnr}")
     if args.json is not None:
-        report = {"machine": machine(), "command": " ".join(["cossl bench parity", *argv]), "pictures": pictures.source, "rows": rows}
+        report = {
+            "machine": machine(),
+            "command": shlex.join(["cossl", "bench", "parity", *argv]),
+            "pictures": pictures.source,
+            "rows": rows,
+        }
         replace_text(args.json, json.dumps(report, indent=1))

@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Pictures:
-    """The same JPEG bytes twice; `beton` is None where ffcv, which writes it, is not installed. `source` names where they are from."""
+    """The same JPEG bytes twice; `beton` is None where it was not asked for. `source` names where they are from."""
 
     folder: Path
     beton: Path | None
@@ -154,4 +154,4 @@ def prepare(source: Path | None, count: int, cache: Path, scratch: Path, with_be
         convert(folder, beton, num_workers=min(2, count), progress=False)
     sizes = [file.stat().st_size for file in list_image_folder(folder)[0]]
     where = f"generated ({VERSION}, {WIDTH} x {HEIGHT} px)" if source is None else f"{source.resolve().parent.name}/{source.resolve().name}"
-    return Pictures(folder, beton, where, count, different, sum(sizes) // len(sizes))
+    return Pictures(folder, beton, where, count, min(count, different), sum(sizes) // len(sizes))

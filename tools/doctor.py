@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +44,7 @@ OPTIONAL = {  # package: what it is for, the line that installs it
     "tensorboard": ("TensorBoard logs", INSTALL_LOG),
 }
 STAGE_S, READS, HEADROOM = 2.0, 256, 1.5
+SCREEN_COLUMNS = 100
 SMALL_SHM_BYTES = 1 << 30  # the torch loader's processes hand their batches over in /dev/shm
 
 
@@ -181,7 +183,7 @@ def augmenting(batch: Batch, device: torch.device) -> tuple[Stage, float]:
     views = list(enumerate(batch.split()))
     seconds = _seconds(lambda: [augment(view, batch.photometry[:, v]) for v, view in views], device)
     seen = f"{1e3 * seconds / len(batch.index) / len(views):.3f} ms a view on {device}"
-    knob = "smaller views (--views.size-px)" + ("" if device.type == "cuda" else "; a GPU takes a hundredth of the time")
+    knob = "smaller views (--views.size-px)" + ("" if device.type == "cuda" else "; or a GPU")
     return Stage("augment", len(batch.index) / seconds, seen, knob), seconds
 
 
@@ -251,7 +253,8 @@ def verdict(stages: Sequence[Stage], cost_ms: float, gpu: bool) -> list[str]:
     if workers > num_cores():
         feeding = f"keeping {fed} fed would take {workers} cores, and there are {num_cores()}"
     return [
-        f"limit      {slowest.name}: {_shown(slowest.rate)} pictures/s. Knob: {slowest.knob}",
+        f"limit      {slowest.name}: {_shown(slowest.rate)} pictures/s",
+        f"knob       {slowest.knob}",
         f"expect     about {_shown(expected)} pictures/s in training: {sharing}",
         f"workers    {feeding}",
     ]
@@ -276,13 +279,18 @@ def check_up() -> list[str]:
     return lines
 
 
+def _fitted(lines: Sequence[str], indent: int) -> list[str]:
+    """The lines, those too long for the screen in several, all but the first of these indented."""
+    fit = textwrap.TextWrapper(SCREEN_COLUMNS, subsequent_indent=" " * indent, break_on_hyphens=False, break_long_words=False)
+    return [part for line in lines for part in fit.wrap(line)]
+
+
 def doctor_main(argv: Sequence[str]) -> None:
     """`cossl doctor [--data DIR]`. Raises ValueError or OSError for a user's mistake."""
     args = parse_flags(DoctorArgs, argv, "cossl doctor", __doc__ or "")
     with tempfile.TemporaryDirectory(prefix="cossl-doctor-") as scratch:
         where, stages, cost = measure(args, Path(scratch))
-    print("\n".join([*check_up(), *where]))
-    print(f"\n{'stage':<16}{'pictures/s':>12}   seen")
-    for stage in stages:
-        print(f"{stage.name:<16}{_shown(stage.rate):>12}   {stage.seen}")
-    print("\n" + "\n".join(verdict(stages, cost, torch.cuda.is_available())))
+    print("\n".join([*_fitted([*check_up(), *where], 11), ""]))
+    seen = [f"{stage.name:<16}{_shown(stage.rate):>12}   {stage.seen}" for stage in stages]
+    print("\n".join([f"{'stage':<16}{'pictures/s':>12}   seen", *_fitted(seen, 31), ""]))
+    print("\n".join(_fitted(verdict(stages, cost, torch.cuda.is_available()), 11)))
