@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -192,14 +193,62 @@ def test_abandoned_worker_processes_end(open_loader) -> None:
     assert after[1] <= before[1]
 
 
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of our own: with a GPU they are torch's, page-locked."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.usefixtures("no_gpu")
 def test_memory_is_used_again_only_when_nothing_refers_to_it() -> None:
+    """Told by what it holds: a fresh block is zero, while its address may be that of one given back to the system."""
     blocks = Blocks(4)
-    first = blocks(100)
-    kept, where = first[:10], first.data_ptr()
+    first = blocks(100).fill_(7)
+    kept = first[:10]
     del first
-    assert blocks(100).data_ptr() != where
+    assert not blocks(100).any()
     del kept
-    assert where in (blocks(100).data_ptr(), blocks(100).data_ptr())
+    assert blocks(100).eq(7).all()
+    assert blocks(200).shape == (200,)
+    held = [blocks(100) for _ in range(9)]
+    del held
+    assert len(blocks._free) == 4
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_memory_is_this_process_alone() -> None:
+    """A process forked from this one (a worker of another loader) may write into a batch that it inherited, to no effect here."""
+    block = Blocks(1)(100).zero_()
+    child = multiprocessing.get_context("fork").Process(target=block.fill_, args=(7,))
+    child.start()
+    child.join(20)
+    assert child.exitcode == 0
+    assert not block.any()
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_an_abandoned_epoch_keeps_its_memory_while_threads_render(open_loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader, targets, go_on = open_loader("ffcv", replace(SPEC, batches_ahead=1)), [], threading.Event()
+
+    def render(data, rows, boxes, flips, sizes, pointers, *rest) -> None:  # the first batch ends at once, the second when told to
+        targets.append(int(pointers[0]))
+        rest[-1][:] = 0
+        assert len(set(targets)) == 1 or go_on.wait(20)
+
+    monkeypatch.setattr("cossl.pipelines.ffcv_loader._render", render)
+    epoch = loader.epoch(0)
+    size = next(epoch).memory.numel()
+    while len(set(targets)) == 1:
+        time.sleep(0.01)
+    epoch.close()
+    del epoch
+    gc.collect()
+    taken = [loader._blocks(size) for _ in range(4)]
+    assert targets[-1] not in [block.data_ptr() for block in taken]
+    del taken
+    go_on.set()
+    loader.close()
+    assert targets[-1] == loader._blocks(size).data_ptr()
 
 
 def test_a_batch_lies_in_one_block_and_moves_as_one(backend: str, open_loader) -> None:
