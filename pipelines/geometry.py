@@ -61,8 +61,8 @@ def _random_resized_crop(key: np.uint64, height: int, width: int, spec: np.ndarr
             box[2], box[3] = h, w
             return
     ratio = width / height
-    h = int(round(width / spec[2])) if ratio < spec[2] else height
-    w = int(round(height * spec[3])) if ratio > spec[3] else width
+    h = max(1, int(round(width / spec[2]))) if ratio < spec[2] else height
+    w = max(1, int(round(height * spec[3]))) if ratio > spec[3] else width
     box[0], box[1], box[2], box[3] = (height - h) // 2, (width - w) // 2, h, w
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -34,6 +35,11 @@ class ViewSpec:
         low, high = self.area_frac
         if not 0 < low <= high <= 1:
             raise ValueError(f"crop area {self.area_frac}: expected 0 < smallest <= largest <= 1")
+        if not 0 < self.aspect[0] <= self.aspect[1] < math.inf:
+            raise ValueError(f"crop aspect {self.aspect}: expected 0 < narrowest <= widest")
+        for name in ("flip_p", "jitter_p", "grayscale_p", "blur_p", "solarize_p", "centre_frac"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} {getattr(self, name)}: expected 0 to 1")
         if self.size_px < SMALLEST_PX:
             raise ValueError(f"view size {self.size_px} px: expected at least {SMALLEST_PX}")
 

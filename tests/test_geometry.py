@@ -122,6 +122,13 @@ def test_a_picture_too_flat_for_any_aspect_gets_the_central_box() -> None:
     assert left == (1000 - w) // 2
 
 
+@pytest.mark.parametrize(("height", "width", "aspect"), [(10, 1, (3.0, 4.0)), (1, 10, (0.2, 0.3))])
+def test_a_box_is_never_empty(height: int, width: int, aspect: tuple[float, float]) -> None:
+    rows = ViewSpec(32, aspect=aspect).row()[None]
+    boxes, _, _ = sample_views(0, 0, np.arange(4), np.full(4, height), np.full(4, width), rows)
+    assert boxes[..., 2:].min() == 1
+
+
 def test_evaluation_takes_the_central_square_untouched() -> None:
     rows = np.stack([view.row() for view in evaluation(224)])
     boxes, flips, photometry = sample_views(0, 0, np.array([0]), np.array([256]), np.array([400]), rows)
@@ -130,7 +137,16 @@ def test_evaluation_takes_the_central_square_untouched() -> None:
     assert photometry[0, 0].tolist() == [1, 1, 1, 0, 0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("bad", [{"area_frac": (0.0, 1.0)}, {"area_frac": (0.5, 0.2)}, {"area_frac": (0.5, 1.5)}, {"size_px": 15}])
+IMPOSSIBLE = [
+    *({"area_frac": bad} for bad in [(0.0, 1.0), (0.5, 0.2), (0.5, 1.5), (float("nan"), 1.0)]),
+    *({"aspect": bad} for bad in [(-1.0, -1.0), (0.0, 1.0), (4 / 3, 3 / 4), (float("nan"), 1.0), (0.5, float("inf"))]),
+    *({"centre_frac": bad} for bad in [1.5, -0.1, float("nan")]),
+    *({name: bad} for name in ("flip_p", "jitter_p", "grayscale_p", "blur_p", "solarize_p") for bad in (-0.1, 1.1)),
+    {"size_px": 15},
+]
+
+
+@pytest.mark.parametrize("bad", IMPOSSIBLE)
 def test_an_impossible_view_is_refused(bad: dict) -> None:
     with pytest.raises(ValueError, match="expected"):
         ViewSpec(**{"size_px": 64, **bad})
