@@ -70,9 +70,10 @@ class _Workspace(threading.local):
         """Makes room for pictures of `rows`, as in `_render`."""
         pixels, longest, payload = int((rows[:, 3] * rows[:, 4]).max()), int(rows[:, 3:].max()), int(rows[:, 1].max())
         if pixels > self.pixels or longest > self.longest or payload > self.payload:
-            self.pixels, self.longest, self.payload = max(pixels, self.pixels), max(longest, self.longest), max(payload, self.payload)
-            self.planes = np.empty(3 * (self.pixels + LANES * self.longest) + LANES, np.uint8)
-            self.spaces = jpeg_workspace(self.pixels, self.longest, self.payload), cut_workspace(self.longest, largest_view)
+            pixels, longest, payload = max(pixels, self.pixels), max(longest, self.longest), max(payload, self.payload)
+            self.planes = np.empty(3 * (pixels + LANES * longest) + LANES, np.uint8)
+            self.spaces = jpeg_workspace(pixels, longest, payload), cut_workspace(longest, largest_view)
+            self.pixels, self.longest, self.payload = pixels, longest, payload  # last: the kernels trust these, and memory may be refused
 
 
 class FfcvLoader:

@@ -110,7 +110,10 @@ class TorchLoader:
         keys = [[(epoch, int(i)) for i in batch] for batch in self.spec.batches(self.num_samples, epoch, start_step, self.pictures.pages)]
         collate = partial(_collate, self.spec, epoch)
         pin = torch.cuda.is_available()
-        yield from DataLoader(self._cutter, batch_sampler=keys, num_workers=self.spec.workers, collate_fn=collate, pin_memory=pin)
+        own = torch.Generator()  # DataLoader draws a seed for its workers; not from the generator that the training uses
+        yield from DataLoader(
+            self._cutter, batch_sampler=keys, num_workers=self.spec.workers, collate_fn=collate, pin_memory=pin, generator=own
+        )
 
     def picture(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
         return np.asarray(self.pictures.open(index))

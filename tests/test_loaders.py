@@ -20,6 +20,9 @@ from PIL import Image
 
 from cossl.pipelines import LOADERS, choose_backend, find_split, make_loader
 from cossl.pipelines.batch import WINDOW_PAGES, Batch, Blocks, Loader, LoaderSpec, to_device
+from cossl.pipelines.beton import RAW
+from cossl.pipelines.cut import LANES, stride_of
+from cossl.pipelines.ffcv_loader import _Workspace
 from cossl.pipelines.positions import PositionSpec
 from cossl.pipelines.views import ViewSpec, byol, evaluation, multi_crop
 
@@ -133,6 +136,13 @@ def test_ranks_evaluate_every_picture_once(backend: str, open_loader) -> None:
 def test_impossible_ranks_are_refused(rank: int, world_size: int, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         replace(SPEC, rank=rank, world_size=world_size)
+
+
+def test_epochs_draw_nothing_from_torchs_generator(backend: str, open_loader) -> None:
+    """Else a resumed run, or one with another loader, would go on with other numbers than the first."""
+    before = torch.get_rng_state()
+    next(open_loader(backend).epoch(0))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_an_epoch_is_a_permutation_and_the_next_another(backend: str, open_loader) -> None:
@@ -249,6 +259,23 @@ def test_an_abandoned_epoch_keeps_its_memory_while_threads_render(open_loader, m
     go_on.set()
     loader.close()
     assert targets[-1] == loader._blocks(size).data_ptr()
+
+
+def test_a_thread_whose_memory_could_not_grow_tries_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels write to bare addresses: a thread must never believe in room that it was refused."""
+    space, large = _Workspace(), np.array([[0, 3 * 200 * 300, RAW, 200, 300]])
+    space.fit(np.array([[0, 3 * 10 * 10, RAW, 10, 10]]), 32)
+
+    def refuse(*_: int) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as full:
+        full.setattr("cossl.pipelines.ffcv_loader.cut_workspace", refuse)
+        with pytest.raises(MemoryError):
+            space.fit(large, 32)
+    space.fit(large, 32)
+    assert space.spaces[1][0].size > 300 * 32
+    assert space.planes.size >= 3 * 300 * stride_of(200) + LANES
 
 
 def test_a_batch_lies_in_one_block_and_moves_as_one(backend: str, open_loader) -> None:
