@@ -58,7 +58,7 @@ def read_classes(classes: str) -> Sequence[str]:
     path = Path(classes)
     if not path.is_file():
         raise FileNotFoundError(f"--classes {classes}: no such file, and no list of that name; lists: {', '.join(CLASS_LISTS)}")
-    names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    names = [line for line in _lines(path, "with one class each") if line]
     if not names:
         raise ValueError(f"--classes {classes}: the file names no class; expected one class per line")
     return names
@@ -72,7 +72,7 @@ def read_labels(path: Path) -> dict[str, str]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"--labels {path}: no such file; expected lines `<picture> <class>`, or LOC_val_solution.csv")
-    lines = [line.strip() for line in path.read_text().splitlines()]
+    lines = _lines(path, "`<picture> <class>`, or LOC_val_solution.csv")
     kaggle = lines[:1] == ["ImageId,PredictionString"]
     class_of: dict[str, str] = {}
     for number, line in enumerate(lines, start=1):
@@ -92,6 +92,14 @@ def read_labels(path: Path) -> dict[str, str]:
     if not class_of:
         raise ValueError(f"{path} names no picture; expected lines `<picture> <class>`")
     return class_of
+
+
+def _lines(path: Path, expected: str) -> list[str]:
+    """The lines of a text file, stripped; some editors put a byte order mark in front, which is no part of the first name."""
+    try:
+        return [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no text file of UTF-8; expected lines {expected}") from None
 
 
 def _plain_line(line: str) -> tuple[str, set[str]]:

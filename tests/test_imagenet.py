@@ -12,7 +12,7 @@ from encoded import encoded, picture
 
 from cossl.pipelines.beton import Beton, list_image_folder, manifest_path
 from cossl.pipelines.convert import convert
-from cossl.pipelines.imagenet import IMAGENET100, list_pictures, read_labels
+from cossl.pipelines.imagenet import IMAGENET100, list_pictures, read_classes, read_labels
 from cossl.tools import cli
 
 CLASSES = ["n01440764", "n02102040", "n02979186"]
@@ -119,6 +119,17 @@ def test_classes_select_and_number(folders):
         assert len(files) == 8
     shutil.rmtree(folders / "tree" / "n02102040")
     assert list_pictures(folders / "tree", None, str(folders / "two.txt")) == list_image_folder(folders / "tree")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name_and_other_bytes_are_no_list(folders):
+    (folders / "two.txt").write_bytes(b"\xef\xbb\xbfn02979186\r\nn01440764\r\n")
+    assert list_pictures(folders / "tree", None, str(folders / "two.txt"))[2] == ["n01440764", "n02979186"]
+    (folders / "labels.txt").write_bytes(b"\xef\xbb\xbf" + plain(folders).encode())
+    assert "\ufeff" not in "".join(read_labels(folders / "labels.txt"))
+    (folders / "binary").write_bytes(b"\xff\xfe\0")
+    for read in (read_labels, read_classes):
+        with pytest.raises(ValueError, match=r"binary is no text file of UTF-8; expected lines"):
+            read(str(folders / "binary") if read is read_classes else folders / "binary")
 
 
 def test_classes_that_are_missing_are_named(folders, monkeypatch, capfd):
