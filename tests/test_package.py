@@ -99,6 +99,16 @@ def test_the_command_line_answers_mistakes_in_one_line(tmp_path: Path, argv: lis
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+def test_help_may_be_cut_short() -> None:
+    """`cossl convert --help | head`: whoever reads has enough, which is no mistake to report."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "cossl.tools.cli", "convert", "--help"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 @pytest.mark.parametrize("verb", ["convert", "verify", "bench", "doctor"])
 def test_ctrl_c_ends_any_command_in_one_line(verb: str) -> None:
     code = f"""

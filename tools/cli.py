@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from importlib import import_module
 
@@ -32,6 +33,11 @@ def main() -> None:
     module, function, _ = VERBS[verb]
     try:
         getattr(import_module(module), function)(rest)
+    except BrokenPipeError:  # `cossl convert --help | head`
+        if verb == "train":
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains when it flushes what nobody read
+        raise SystemExit(1) from None
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if verb == "train":  # has told its user's mistakes from its own failures by then
             raise
