@@ -194,7 +194,8 @@ def stepping(config: Config, model: CoByol, batch: Batch, device: torch.device, 
     alone = max(seconds - augment_s, 1e-9)
     seen = f"{1e3 * alone:,.1f} ms a step of {len(batch.index)} pictures, {config.precision}, not compiled"
     faster = "a larger --batch-size, a faster GPU" if device.type == "cuda" else "a GPU, a smaller --model.width"
-    knob = f"this is the model's own speed, and the loader keeps up: --precision bf16, {faster}"
+    halved = "" if config.precision == "bf16" else "--precision bf16, "
+    knob = f"this is the model's own speed, and the loader keeps up: {halved}{faster}"
     return Stage("step", len(batch.index) / alone, seen, knob)
 
 
