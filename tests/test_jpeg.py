@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -156,3 +157,33 @@ def test_a_shrunk_box_is_antialiased() -> None:
     image = np.zeros((128, 128, 3), np.uint8)
     image[:, ::2] = 255
     assert np.ptp(cut_out(image, 0, 0, 128, 128, False, 32)[4:-4, 4:-4].astype(int)) <= 2
+
+
+def guarded(memory: Any, whole: list[np.ndarray]) -> Any:
+    """The same arrays, with 256 bytes of 0xA5 before and behind each; whole gets all of the bytes."""
+    if isinstance(memory, tuple):
+        return tuple(guarded(part, whole) for part in memory)
+    whole.append(np.full(memory.nbytes + 512, 0xA5, np.uint8))
+    inner = whole[-1][256:-256].view(memory.dtype).reshape(memory.shape)
+    inner[...] = memory
+    return inner
+
+
+def test_nothing_is_written_beside_the_memory_given() -> None:
+    """Kernels write to bare addresses, whole vectors at a time: for pictures and boxes of any shape there is room for the last one."""
+    random = np.random.default_rng(0)
+    for trial in range(120):
+        widest, tallest = [(300, 6), (6, 300), (150, 150)][trial % 3]
+        wide, tall = int(random.integers(1, widest)), int(random.integers(1, tallest))
+        image = photo(wide, tall)
+        data = encoded(image.convert("L") if trial % 4 == 3 else image, subsampling=trial % 4 % 3)
+        h, w = int(random.integers(1, tall + 1)), int(random.integers(1, wide + 1))
+        top, left, size = int(random.integers(0, tall - h + 1)), int(random.integers(0, wide - w + 1)), int(random.integers(16, 80))
+        whole: list[np.ndarray] = []
+        space = guarded(jpeg.workspace(tall * wide, max(tall, wide), len(data)), whole)
+        planes, out = (guarded(np.zeros(n, np.uint8), whole) for n in (3 * w * stride_of(h), 3 * size * size))
+        if jpeg.decode_box(np.frombuffer(data, np.uint8), tall, wide, (left, top, left + w, top + h), planes, space) != jpeg.OK:
+            planes_of(np.asarray(image).reshape(-1), wide, (left, top, left + w, top + h), planes)
+        padded = np.append(planes, np.zeros(LANES, np.uint8))
+        cut(padded, h, 0, 0, h, w, bool(trial % 2), out.ctypes.data, size, guarded(cut_workspace(max(tall, wide), size), whole))
+        assert all((memory[:256] == 0xA5).all() and (memory[-256:] == 0xA5).all() for memory in whole), (wide, tall, h, w, size)
