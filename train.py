@@ -13,6 +13,7 @@ import difflib
 import io
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -160,13 +161,14 @@ def parse_flags(kind: type[T], argv: Sequence[str], prog: str, description: str,
     try:
         with contextlib.redirect_stderr(box):
             start = tyro.MISSING_NONPROP if default is None else default
-            return tyro.cli(kind, args=argv, prog=prog, description=description, default=start)
+            return tyro.cli(kind, args=argv, prog=prog, description=description, default=start, config=(tyro.conf.FlagCreatePairsOff,))
     except SystemExit as error:
         if not error.code:
             raise
         lines = [line.strip(" │") for line in box.getvalue().splitlines()]
         said = [line for line in lines if line and line[0] not in "╭╰─" and not line.startswith("For full helptext")]
-        raise ValueError(f"{' '.join(said)} (see {prog} --help)") from None
+        said = re.split(" Got errors: | Argument helptext: ", " ".join(said))[:1]  # what follows is tyro's own affair
+        raise ValueError(f"{said[0]} (see {prog} --help)") from None
 
 
 def parse(argv: Sequence[str]) -> tuple[str, Config]:
@@ -201,14 +203,13 @@ def demo_data() -> Path:
 
 def open_loaders(config: Config, positions: PositionSpec) -> tuple[Loader, Loader, Loader]:
     """Loaders of the training views, and of train and val pictures as they are."""
-    backend, workers, data = config.loader.backend, config.loader.workers, config.data or Path()
+    how, backend, workers, data = config.loader, config.loader.backend, config.loader.workers, config.data or Path()
     synthetic = backend == "synthetic"
     if config.data is None and not synthetic:
         raise ValueError("--data is missing: give a folder with train.beton and val.beton (see `cossl convert`), or with train/ and val/")
     train, val = (data if synthetic else find_split(data, split, backend) for split in ("train", "val"))
     recipe = view_recipes.RECIPES[config.views.recipe](config.views.size_px, config.views.crop_min, config.views.jitter)
-    ahead, order, os_cache = config.loader.batches_ahead, config.loader.order, config.loader.os_cache
-    seen = LoaderSpec(recipe, config.batch_size, config.seed, (positions,), workers, ahead, order=order, os_cache=os_cache)
+    seen = LoaderSpec(recipe, config.batch_size, config.seed, (positions,), workers, how.batches_ahead, True, how.order, how.os_cache)
     plain = LoaderSpec(view_recipes.evaluation(config.eval_px), 256, workers=workers, shuffle=False)
     loaders = [make_loader(backend, source, spec) for source, spec in [(train, seen), (train, plain), (val, plain)]]
     if loaders[1].class_names != loaders[2].class_names:
