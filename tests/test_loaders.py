@@ -15,12 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from encoded import turned
+from encoded import encoded, picture, turned
 from PIL import Image
 
 from cossl.pipelines import LOADERS, choose_backend, find_split, make_loader
 from cossl.pipelines.batch import WINDOW_PAGES, Batch, Blocks, Loader, LoaderSpec, to_device
-from cossl.pipelines.beton import RAW
+from cossl.pipelines.beton import JPG, RAW, Beton
+from cossl.pipelines.convert import convert
 from cossl.pipelines.cut import LANES, stride_of
 from cossl.pipelines.ffcv_loader import _Workspace
 from cossl.pipelines.positions import PositionSpec
@@ -363,6 +364,19 @@ def test_ffcv_equals_the_reference_bit_for_bit(open_loader, recipe: tuple[ViewSp
     spec = replace(SPEC, recipe=recipe, positions=())
     for ours, expected in zip(open_loader("ffcv", spec).epoch(0), open_loader("torch", spec).epoch(0), strict=True):
         assert_same(ours, expected)
+
+
+def test_raw_pixels_and_rare_jpegs_equal_the_reference_too(tmp_path: Path) -> None:
+    """A mixed beton: raw rows to the last byte of the data, and JPEGs that our decoder leaves to Pillow among those that it reads."""
+    (tmp_path / "pictures" / "class").mkdir(parents=True)
+    for i in range(24):
+        data = encoded(picture(i, width=30 + 3 * i, height=90 - 3 * i), progressive=i % 2 == 0)
+        (tmp_path / "pictures" / "class" / f"{i:02}.jpg").write_bytes(data)
+    convert(tmp_path / "pictures", tmp_path / "mixed.beton", mode="proportion", num_workers=1, progress=False)
+    assert set(Beton(tmp_path / "mixed.beton").modes) == {JPG, RAW}
+    spec = LoaderSpec(byol(32, 0.3), batch_size=24, workers=0, shuffle=False)
+    ours, expected = (next(make_loader(name, tmp_path / "mixed.beton", spec).epoch(0)) for name in ("ffcv", "torch"))
+    assert_same(ours, expected)
 
 
 def test_folder_and_beton_are_the_same_pictures(open_loader) -> None:
