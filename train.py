@@ -120,7 +120,7 @@ class Config:
     loader: LoaderConfig = field(default_factory=LoaderConfig)
 
     def __post_init__(self) -> None:
-        for name, low in [("epochs", 1), ("batch_size", 2), ("log_every", 1), ("checkpoint_every", 0), ("seed", 0), ("eval_px", 8)]:
+        for name, low in [("epochs", 1), ("batch_size", 2), ("log_every", 1), ("checkpoint_every", 0), ("seed", 0), ("eval_px", 16)]:
             if getattr(self, name) < low:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected {low} or more")
         if self.optim.warmup_epochs >= self.epochs:
@@ -405,7 +405,7 @@ def features(networks: dict[str, CoByol], loader: Loader, device: torch.device, 
         for name, network in networks.items():
             rows[name].append(network.eval().represent(normalize(images)).float().cpu())
         rows["pixels"].append(probe.pixels(images).cpu())
-        labels.append(batch.label)
+        labels.append(batch.label.clone())  # a part of a batch keeps all of its memory
     return {name: torch.cat(parts) for name, parts in rows.items()}, torch.cat(labels)
 
 

@@ -29,6 +29,8 @@ ALIGNED_BYTES = 64  # where each tensor of a batch starts
 class Batch:
     """b samples in v views each, and the geometry they were cut with; all of it lies in one block of memory.
 
+    Trap: who keeps one tensor of a batch keeps the whole block; clone what is to be kept.
+
     `views` holds one tensor per view size, in the order of the recipe, each view a channels-last slice of
     it. Boxes are (left, top, right, bottom) as fractions of the source picture, flips are already rendered
     into the pixels, positions are row * n + column in the feature map (-1: no position qualified), and
@@ -48,6 +50,8 @@ class Batch:
         """The same tensors over a copy of the block."""
 
         def there(tensor: Tensor) -> Tensor:
+            if tensor.untyped_storage().data_ptr() != self.memory.untyped_storage().data_ptr():
+                raise ValueError("a tensor of this batch does not lie in its memory: write into the batch instead of replacing its parts")
             start = tensor.storage_offset() * tensor.element_size() - self.memory.storage_offset()
             flat = memory[start : start + tensor.numel() * tensor.element_size()]
             return flat.view(tensor.dtype).as_strided(tensor.shape, tensor.stride(), flat.storage_offset() // tensor.element_size())
@@ -105,7 +109,7 @@ class LoaderSpec:
     """One for each view size whose feature map has positions to be sampled; views of other sizes get -1 throughout."""
     workers: int = 2
     batches_ahead: int = 3
-    """Batches that are being rendered, or wait, while one is used."""
+    """Batches that are being rendered, or wait, while one is used (ffcv, dali; torch's DataLoader prefetches two a worker)."""
     shuffle: bool = True
     """Training: a new order every epoch, the last incomplete batch dropped. Else: file order, every picture once."""
     order: Order = "random"
@@ -119,6 +123,8 @@ class LoaderSpec:
     ranks' batches laid end to end are the joint one, whatever their number. In evaluation a rank may end one step early."""
 
     def __post_init__(self) -> None:
+        if self.batch_size < 1 or not self.recipe:
+            raise ValueError(f"{self.batch_size} samples of {len(self.recipe)} views: expected at least 1 of each")
         if self.batches_ahead < 0:
             raise ValueError(f"{self.batches_ahead} batches ahead: expected 0 or more")
         if self.order not in get_args(Order):

@@ -17,11 +17,9 @@ from cossl.pipelines.beton import RAW, Beton
 from cossl.pipelines.cut import LANES, cut, planes_of
 from cossl.pipelines.cut import workspace as cut_workspace
 from cossl.pipelines.geometry import box_fractions, sample_views
-from cossl.pipelines.jpeg import OK, decode_box
+from cossl.pipelines.jpeg import DECLINED, OK, decode_box
 from cossl.pipelines.jpeg import workspace as jpeg_workspace
 from cossl.pipelines.simd import compiled
-
-_OK, _DECLINED = 0, 1  # what became of a sample
 
 
 @compiled
@@ -44,11 +42,11 @@ def _render(data, rows, boxes, flips, sizes, targets, first, last, planes, space
         top, left, bottom, right = boxes[b, :, 0], boxes[b, :, 1], boxes[b, :, 0] + boxes[b, :, 2], boxes[b, :, 1] + boxes[b, :, 3]
         union = (left.min(), top.min(), right.max(), bottom.max())
         payload = data[start : start + size]
-        outcome[b] = _OK
+        outcome[b] = OK
         if raw:
             planes_of(payload, width, union, planes)
         elif decode_box(payload, height, width, union, planes, spaces[0]) != OK:
-            outcome[b] = _DECLINED
+            outcome[b] = DECLINED
             continue
         _cut_views(planes, union, boxes[b], flips[b], sizes, targets, b, spaces[1])
 
@@ -80,7 +78,8 @@ class FfcvLoader:
     """`Loader` over a beton: the union of a picture's boxes is decoded once, and every view cut from that, by `spec.workers` threads.
 
     ffcv itself is not needed. The decoder and the cuts are the project's own (`jpeg.py`, `cut.py`), run without the GIL and give Pillow's
-    pixels; JPEGs of a rare kind are decoded by Pillow itself. Up to `spec.batches_ahead` batches wait. A batch may be kept; its memory is
+    pixels; JPEGs of a rare kind are decoded by Pillow itself. Nothing below the last row that is needed is read, so damage there goes
+    unseen: that is for `cossl verify`. Up to `spec.batches_ahead` batches wait. A batch may be kept; its memory is
     used again once nothing refers to it. An epoch left half-way leaves nothing behind but threads that wait for the next one.
     """
 
@@ -159,7 +158,7 @@ class FfcvLoader:
         targets = np.array([view.data_ptr() for view in batch.split()])
         _render(self.beton.bytes, rows, boxes, flips, self._sizes, targets, *piece, space.planes, space.spaces, outcome)
         for b in range(*piece):
-            if outcome[b] == _DECLINED:
+            if outcome[b] == DECLINED:
                 pixels = np.asarray(self.beton.open(int(index[b])))
                 height, width, _ = pixels.shape
                 flat = pixels.reshape(-1)

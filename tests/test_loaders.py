@@ -26,6 +26,7 @@ from cossl.pipelines.cut import LANES, stride_of
 from cossl.pipelines.ffcv_loader import _Workspace
 from cossl.pipelines.positions import PositionSpec
 from cossl.pipelines.views import ViewSpec, byol, evaluation, multi_crop
+from cossl.train import features
 
 _MISSING = {"dali"} if find_spec("nvidia") is None or find_spec("nvidia.dali") is None else set()
 BACKENDS = [pytest.param(name, marks=pytest.mark.skipif(name in _MISSING, reason="DALI is not installed")) for name in LOADERS]
@@ -416,3 +417,24 @@ def test_a_broken_picture_in_a_folder_is_named(tmp_path: Path) -> None:
 def test_auto_takes_ffcv_for_a_beton(betons: Path, pictures: Path) -> None:
     assert choose_backend("auto", find_split(betons, "train")) == "ffcv"
     assert choose_backend("auto", find_split(pictures, "train")) == "torch"
+
+
+def test_a_batch_of_foreign_parts_does_not_move(open_loader) -> None:
+    batch = next(iter(open_loader("synthetic").epoch(0)))
+    with pytest.raises(ValueError, match="does not lie in its memory"):
+        replace(batch, label=batch.label.clone()).to(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("nothing", [{"batch_size": 0}, {"recipe": (), "positions": ()}])
+def test_nothing_to_load_is_refused(nothing: dict) -> None:
+    with pytest.raises(ValueError, match="expected at least 1 of each"):
+        replace(SPEC, **nothing)
+
+
+def test_what_is_kept_of_an_evaluation_is_not_its_pixels(betons: Path) -> None:
+    """Labels are copied out of their batches, which would hold every picture of the set."""
+    loader = make_loader("ffcv", betons / "val.beton", LoaderSpec(evaluation(64), 8, workers=1, shuffle=False))
+    _, labels = features({}, loader, torch.device("cpu"), "val")
+    assert torch.equal(labels, torch.from_numpy(loader.beton.labels))
+    assert len(loader._blocks._free) >= min(len(loader), 3)
+    loader.close()
