@@ -16,16 +16,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cossl.models import losses
-from cossl.models.heads import HEADS, Head, mlp
+from cossl.models.heads import HEADS, NORMS, Head, mlp, predictor_kind
 from cossl.models.rf_resnet import BACKBONES, make_backbone
 
 if TYPE_CHECKING:
     BackboneName = str
     HeadName = str
+    NormName = str
 else:
-    # The command line offers what the two dicts hold, so a new entry there is all that a new variant needs.
+    # The command line offers what the dicts hold, so a new entry there is all that a new variant needs.
     BackboneName = Literal[tuple(BACKBONES)]
     HeadName = Literal[tuple(HEADS)]
+    NormName = Literal[tuple(NORMS)]
 
 
 def _check(name: str, value: object, allowed: bool, fix: str) -> None:
@@ -58,7 +60,10 @@ class ModelConfig:
     out_dim: int = 256
     """Width of the vectors that are compared."""
     local_head: HeadName = "conv1x1"
-    """Architecture of the local projector and predictor."""
+    """Architecture of the local projector and predictor. conv1x1 (2 layers), conv1x1_deep (4): on the whole map, before the positions
+    are sampled. linear, mlp2, mlp3: on the sampled ones. conv3x3: sees the neighbours too, which breaks the bounded receptive field."""
+    head_norm: NormName = "batch"
+    """Norm between the layers of all projectors and predictors: batch (BYOL's), or layer, which does not depend on other pictures."""
     shared_heads: bool = False
     """One projector and one predictor (of the kind local_head) for global and local vectors, instead of two each."""
     output_norm: bool = False
@@ -66,6 +71,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _check("local_head", self.local_head, self.local_head in HEADS, f"choose one of {', '.join(HEADS)}")
+        _check("head_norm", self.head_norm, self.head_norm in NORMS, f"choose one of {', '.join(NORMS)}")
         _check("mlp_after_pool", self.mlp_after_pool, self.mlp_after_pool >= 0, "give a number of layers, 0 for none")
         _check("hidden_dim", self.hidden_dim, self.hidden_dim >= 1, "give at least 1")
         _check("out_dim", self.out_dim, self.out_dim >= 1, "give at least 1")
@@ -105,15 +111,15 @@ class Network(nn.Module):
         c, hidden, out = self.backbone.out_channels, model.hidden_dim, model.out_dim
         self.after_pool = mlp(c, c, c, model.mlp_after_pool) if model.mlp_after_pool else nn.Identity()
         # BYOL's heads are MLPs on the pooled vector; a shared one has to serve maps too, so it is of the local kind.
-        global_head = HEADS[model.local_head if model.shared_heads and local else "mlp2"]
-        self.projector: Head = global_head(c, hidden, out, model.output_norm)
-        self.predictor: Head | None = global_head(out, hidden, out, False)
+        kind, norm = model.local_head if model.shared_heads and local else "mlp2", model.head_norm
+        self.projector: Head = HEADS[kind](c, hidden, out, model.output_norm, norm)
+        self.predictor: Head | None = HEADS[predictor_kind(kind)](out, hidden, out, False, norm)
         self.local_projector: Head | None = None
         self.local_predictor: Head | None = None
         if local:
-            local_head = HEADS[model.local_head]
-            self.local_projector = self.projector if model.shared_heads else local_head(c, hidden, out, model.output_norm)
-            self.local_predictor = self.predictor if model.shared_heads else local_head(out, hidden, out, False)
+            g, q = HEADS[model.local_head], HEADS[predictor_kind(model.local_head)]
+            self.local_projector = self.projector if model.shared_heads else g(c, hidden, out, model.output_norm, norm)
+            self.local_predictor = self.predictor if model.shared_heads else q(out, hidden, out, False, norm)
 
     def pool(self, y: Float[Tensor, "b c n n"]) -> Float[Tensor, "b c"]:
         """The global vector Y of a feature map."""

@@ -5,21 +5,23 @@ A position is row * n + column; -1 means "none".
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
+from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
 
-def mlp(in_dim: int, hidden_dim: int, out_dim: int, num_layers: int = 2) -> nn.Sequential:
-    """Linear, batch norm, ReLU, ..., Linear: `num_layers` linear layers.
+def mlp(in_dim: int, hidden_dim: int, out_dim: int, num_layers: int = 2, norm: str = "batch") -> nn.Sequential:
+    """Linear, norm, ReLU, ..., Linear: `num_layers` linear layers.
 
     BYOL (Grill et al. 2020, arXiv 2006.07733, section 3.3): "a linear layer with output size 4096 followed by batch normalization,
     rectified linear units (ReLU), and a final linear layer with output dimension 256". As in its public code the last one has no bias.
     """
     layers: list[nn.Module] = []
     for i in range(num_layers - 1):
-        layers += [nn.Linear(in_dim if i == 0 else hidden_dim, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU(inplace=True)]
+        layers += [nn.Linear(in_dim if i == 0 else hidden_dim, hidden_dim), NORMS[norm][0](hidden_dim), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers, nn.Linear(hidden_dim if num_layers > 1 else in_dim, out_dim, bias=False))
 
 
@@ -36,8 +38,9 @@ def gather_positions(y: Float[Tensor, "b c n m"], positions: Int[Tensor, "b k"])
 class Head(nn.Module):
     """What CO-SSL asks of a local head. The state of one variant loads into another by `transfer_state` where their layers agree.
 
-    All take (in_dim, hidden_dim, out_dim, output_norm): the last appends a batch norm without weight and bias, for projectors as in
-    MoCo v3 (Chen et al. 2021, arXiv 2104.02057) and, with weight and bias, SimSiam (arXiv 2011.10566, table 3).
+    All take (in_dim, hidden_dim, out_dim, output_norm, norm): `norm` is the one between the layers, `output_norm` appends a batch norm
+    without weight and bias, for projectors as in MoCo v3 (Chen et al. 2021, arXiv 2104.02057) and, with weight and bias, SimSiam
+    (arXiv 2011.10566, table 3).
     """
 
     layers: nn.Sequential
@@ -51,22 +54,32 @@ class Head(nn.Module):
         raise NotImplementedError
 
 
-class Conv1x1(Head):
-    """1x1 convolution, batch norm, ReLU, 1x1 convolution on the whole map, then the gather.
+class MapHead(Head):
+    """Convolution, norm, ReLU, ..., convolution on the whole map, then the gather; all 1x1, but for a `kernel` of the first.
 
-    The form of BYOL's MLP that PixPro (Xie et al. 2021, arXiv 2011.10043) uses on maps; CO-SSL's baseline.
-    Trap: a 1x1 convolution *is* a per-position MLP. With all positions and equal weights this equals `Mlp2` to rounding;
-    the difference is that the norm sees every position here, and the sampled ones there.
+    With two layers the form of BYOL's MLP that PixPro (Xie et al. 2021, arXiv 2011.10043) uses on maps; CO-SSL's baseline.
+    Trap: a 1x1 convolution *is* a per-position MLP. With all positions and equal weights this equals `PositionHead` of as many layers, to
+    rounding; the difference is that a batch norm sees every position here, and the sampled ones there. A 3x3 kernel is something
+    else: it widens what a position sees by two strides of the backbone, and to a vector without a map everything around is zero.
     """
 
-    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, output_norm: bool = False) -> None:
+    def __init__(
+        self,
+        in_dim: int,
+        hidden_dim: int,
+        out_dim: int,
+        output_norm: bool = False,
+        norm: str = "batch",
+        num_layers: int = 2,
+        kernel: int = 1,
+    ) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(in_dim, hidden_dim, 1),
-            nn.BatchNorm2d(hidden_dim),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(hidden_dim, out_dim, 1, bias=False),
-        )
+        layers: list[nn.Module] = []
+        for i in range(num_layers - 1):
+            size = kernel if i == 0 else 1
+            layers += [nn.Conv2d(in_dim if i == 0 else hidden_dim, hidden_dim, size, padding=size // 2), NORMS[norm][1](hidden_dim)]
+            layers += [nn.ReLU(inplace=True)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(hidden_dim if num_layers > 1 else in_dim, out_dim, 1, bias=False))
         if output_norm:
             self.layers.append(nn.BatchNorm2d(out_dim, affine=False))
 
@@ -77,15 +90,17 @@ class Conv1x1(Head):
         return self.layers(x.reshape(-1, x.shape[-1], 1, 1)).reshape(*x.shape[:-1], -1)
 
 
-class Mlp2(Head):
-    """The gather, then Linear, batch norm, ReLU, Linear on the gathered vectors.
+class PositionHead(Head):
+    """The gather, then an `mlp` of `num_layers` on the gathered vectors: with k of n * n positions it costs k / n^2 of the whole map.
 
-    Trap: positions of -1 enter the norm's statistics as copies of position 0, though the loss masks them.
+    Trap: positions of -1 enter a batch norm's statistics as copies of position 0, though the loss masks them.
     """
 
-    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, output_norm: bool = False) -> None:
+    def __init__(
+        self, in_dim: int, hidden_dim: int, out_dim: int, output_norm: bool = False, norm: str = "batch", num_layers: int = 2
+    ) -> None:
         super().__init__()
-        self.layers = mlp(in_dim, hidden_dim, out_dim)
+        self.layers = mlp(in_dim, hidden_dim, out_dim, num_layers, norm)
         if output_norm:
             self.layers.append(nn.BatchNorm1d(out_dim, affine=False))
 
@@ -96,7 +111,25 @@ class Mlp2(Head):
         return self.layers(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
-HEADS: dict[str, Callable[[int, int, int, bool], Head]] = {"conv1x1": Conv1x1, "mlp2": Mlp2}
+# What stands between the layers: for vectors, and for maps. Batch norms become synchronized ones by torch's own conversion.
+NORMS: dict[str, tuple[Callable[[int], nn.Module], Callable[[int], nn.Module]]] = {
+    "batch": (nn.BatchNorm1d, nn.BatchNorm2d),
+    "layer": (nn.LayerNorm, partial(LayerNorm2d, eps=1e-5)),
+}
+
+HEADS: dict[str, Callable[..., Head]] = {
+    "conv1x1": MapHead,
+    "mlp2": PositionHead,
+    "mlp3": partial(PositionHead, num_layers=3),
+    "conv1x1_deep": partial(MapHead, num_layers=4),
+    "linear": partial(PositionHead, num_layers=1),
+    "conv3x3": partial(MapHead, kernel=3),
+}
+
+
+def predictor_kind(name: str) -> str:
+    """The head that predicts from what the projector `name` returns. Predictors read vectors, which have no neighbours to look at."""
+    return "conv1x1" if name == "conv3x3" else name
 
 
 def transfer_state(source: Head, destination: Head) -> None:

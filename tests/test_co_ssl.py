@@ -236,7 +236,7 @@ def test_choices_are_the_dicts() -> None:
     [
         (lambda: ModelConfig(receptive_field=100), "receptive_field=100 px cannot be reached.*99, 131"),
         (lambda: ModelConfig(backbone="vgg"), "backbone='vgg' is unknown; choose one of rf_resnet50"),
-        (lambda: ModelConfig(local_head="mlp9"), "local_head='mlp9' is not possible; choose one of conv1x1, mlp2"),
+        (lambda: ModelConfig(local_head="mlp9"), "local_head='mlp9' is not possible; choose one of conv1x1, mlp2, mlp3"),
         (lambda: ModelConfig(mlp_after_pool=-1), "mlp_after_pool=-1"),
         (lambda: ModelConfig(hidden_dim=0), "hidden_dim=0"),
         (lambda: ModelConfig(out_dim=0), "out_dim=0"),

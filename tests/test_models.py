@@ -5,7 +5,6 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from cossl.models.heads import HEADS, gather_positions, mlp, transfer_state
 from cossl.models.rf_resnet import BACKBONES, make_backbone, position_grid, rf_resnet18, rf_resnet50
 
 
@@ -70,83 +69,3 @@ def test_impossible_backbone_says_what_is_possible(arguments: tuple[str, int | N
 
 def test_plain_backbone_takes_its_true_receptive_field() -> None:
     assert position_grid(make_backbone("resnet18", 435, 64, None), 64).receptive_field_px == 435
-
-
-def test_gather_reads_row_times_n_plus_column() -> None:
-    y = torch.arange(2 * 3 * 4 * 4).reshape(2, 3, 4, 4).float()
-    row, column = 2, 1
-    gathered = gather_positions(y, torch.tensor([[row * 4 + column, -1], [15, 0]]))
-    assert torch.equal(gathered[0, 0], y[0, :, row, column])
-    assert torch.equal(gathered[0, 1], y[0, :, 0, 0])
-    assert torch.equal(gathered[1, 0], y[1, :, 3, 3])
-
-
-@pytest.mark.parametrize("name", HEADS)
-def test_head_shapes(name: str) -> None:
-    head = HEADS[name](6, 8, 4, False)
-    positions = torch.tensor([[0, 3, -1], [8, 8, 2]])
-    assert head(torch.randn(2, 6, 3, 3), positions).shape == (2, 3, 4)
-    assert head.vectors(torch.randn(2, 6)).shape == (2, 4)
-    assert head.vectors(torch.randn(2, 5, 6)).shape == (2, 5, 4)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert head(torch.randn(2, 6, 3, 3), positions).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("name", HEADS)
-def test_head_gives_the_same_at_a_position_and_on_its_vector(name: str) -> None:
-    head = HEADS[name](6, 8, 4, False).double().eval()
-    y = torch.randn(2, 6, 3, 3, dtype=torch.float64)
-    torch.testing.assert_close(head(y, torch.tensor([[4], [7]]))[1, 0], head.vectors(y[:, :, 2, 1])[1])
-
-
-@pytest.mark.parametrize("other", sorted(HEADS.keys() - {"conv1x1"}))
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("output_norm", [False, True])
-def test_conv1x1_is_a_per_position_mlp(other: str, channels_last: bool, output_norm: bool) -> None:
-    """All positions, equal weights, train mode: equal outputs, gradients and running statistics."""
-    conv, per_position = HEADS["conv1x1"](6, 8, 4, output_norm).double(), HEADS[other](6, 8, 4, output_norm).double()
-    nn.init.normal_(conv.layers[1].weight)
-    transfer_state(conv, per_position)
-    y = torch.randn(3, 6, 4, 4, dtype=torch.float64)
-    if channels_last:
-        y = y.contiguous(memory_format=torch.channels_last)
-    positions = torch.arange(16).expand(3, 16)
-    direction = torch.randn(3, 16, 4, dtype=torch.float64)
-    gradients = []
-    for head in (conv, per_position):
-        x = y.clone().requires_grad_(True)
-        out = head(x, positions)
-        gradients.append((out, *torch.autograd.grad((out * direction).sum(), [x, *head.parameters()])))
-    for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours.flatten(), theirs.flatten(), rtol=1e-10, atol=1e-10)
-    for ours, theirs in zip(conv.buffers(), per_position.buffers(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
-
-
-def test_only_mlp2_takes_its_statistics_from_the_sampled_positions() -> None:
-    y = torch.randn(4, 6, 3, 3)
-    changed = y.clone()
-    changed[:, :, 2, 2] += 100
-    positions = torch.tensor([[0, 1, 4]]).expand(4, 3)
-    for name, same in (("conv1x1", False), ("mlp2", True)):
-        head = HEADS[name](6, 8, 4, False)
-        assert torch.allclose(head(y, positions), head(changed, positions), atol=1e-4) == same
-
-
-@pytest.mark.parametrize("name", HEADS)
-def test_output_norm_centres_and_scales_each_dimension(name: str) -> None:
-    y, positions = torch.randn(8, 6, 3, 3), torch.arange(9).expand(8, 9)
-    plain, normed = (HEADS[name](6, 8, 4, output_norm)(y, positions).flatten(0, 1) for output_norm in (False, True))
-    assert not torch.allclose(plain.mean(0), torch.zeros(4), atol=1e-3)
-    torch.testing.assert_close(normed.mean(0), torch.zeros(4), atol=1e-5, rtol=0)
-    torch.testing.assert_close(normed.var(0, correction=0), torch.ones(4), atol=1e-3, rtol=0)
-
-
-def test_mlp_is_byols() -> None:
-    linear, norm, relu, last = mlp(5, 7, 3)
-    assert (linear.in_features, linear.out_features, norm.num_features, last.out_features) == (5, 7, 7, 3)
-    assert linear.bias is not None
-    assert isinstance(relu, nn.ReLU)
-    assert last.bias is None
-    assert [type(layer) for layer in mlp(5, 7, 3, 3)] == [nn.Linear, nn.BatchNorm1d, nn.ReLU] * 2 + [nn.Linear]
-    assert [tuple(p.shape) for p in mlp(5, 7, 3, 1).parameters()] == [(3, 5)]
