@@ -47,19 +47,33 @@ class ResNet(nn.Module):
 
 
 class _Layout(NamedTuple):
-    """What tells one depth from another. Both have one spatial convolution or two per block, sixteen in all."""
+    """What tells one family from another. A block has one spatial convolution (bottleneck) or two."""
 
     name: str
     depths: tuple[int, int, int, int]
     bottleneck: bool
+    strides: tuple[int, int, int, int] = (1, 2, 2, 2)
+    stride_in_spatial: bool = False  # a stage's stride sits in its first 3x3, else in the 1x1 before it
+    one_per_stage: bool = False  # only the first block of a stage may keep its 3x3
+    small_image_stem: bool = False  # where none is asked for
 
     @property
     def spatial_per_block(self) -> int:
         return 1 if self.bottleneck else 2
 
+    @property
+    def count(self) -> int:
+        return sum(self.depths) * self.spatial_per_block
 
+
+_RESNET18 = _Layout("rf_resnet18", (2, 2, 2, 2), bottleneck=False, stride_in_spatial=True, small_image_stem=True)
+_RESNET34 = _Layout("rf_resnet34", (3, 4, 6, 3), bottleneck=False, stride_in_spatial=True, small_image_stem=True)
 _RESNET50 = _Layout("rf_resnet50", (3, 4, 6, 3), bottleneck=True)
-_RESNET18 = _Layout("rf_resnet18", (2, 2, 2, 2), bottleneck=False)
+_RESNET101 = _Layout("rf_resnet101", (3, 4, 23, 3), bottleneck=True)
+_BAGNET = _Layout(
+    "bagnet", (3, 4, 6, 3), bottleneck=True, strides=(2, 2, 2, 1), stride_in_spatial=True, one_per_stage=True, small_image_stem=True
+)
+_LAYOUTS = {layout.name: layout for layout in (_RESNET18, _RESNET34, _RESNET50, _RESNET101, _BAGNET)}
 
 
 def rf_resnet50(
@@ -76,7 +90,7 @@ def rf_resnet50(
     and the others become 1x1 of the same width: 14.07 M at 99 px, 22.47 M with the two-layer MLP after pooling. `kept_kernels`
     (one bool per 3x3, in depth order) overrides `receptive_field` and reaches any other layout.
     """
-    return _rf_resnet(_RESNET50, receptive_field, width, bool(small_image_stem), kept_kernels)
+    return _rf_resnet(_RESNET50, receptive_field, width, small_image_stem, kept_kernels)
 
 
 def rf_resnet18(
@@ -90,19 +104,63 @@ def rf_resnet18(
     That stem (3x3, stride 1, no max-pool) is the default, since 29 px cannot be reached with ImageNet's. The rest as in `rf_resnet50`.
     Deviation: here the stride sits in a 3x3. Where that one becomes 1x1 it keeps the stride, so it and the shortcut beside it read
     one position in four of the map below and drop the others; a pooling that reads them all would widen the receptive field.
+    2.26 M parameters at 29 px, 11.17 M at 109. ImageNet's stem reaches 11 19 27 35 43 51 67 83 99 115 147 ... 435.
     """
-    return _rf_resnet(_RESNET18, receptive_field, width, small_image_stem is None or small_image_stem, kept_kernels)
+    return _rf_resnet(_RESNET18, receptive_field, width, small_image_stem, kept_kernels)
+
+
+def rf_resnet34(
+    receptive_field: int | None = 29,
+    width: int = 64,
+    small_image_stem: bool | None = None,
+    kept_kernels: tuple[bool, ...] | None = None,
+) -> ResNet:
+    """A ResNet-34 in which a position sees 3 5 7 ... 17 21 25 29 33 ... 49 57 65 ... 145 161 177 193 209 225 pixels.
+
+    Those are with the small-image stem, the default; ImageNet's reaches 11 19 27 ... 67 83 99 115 ... 195 227 259 ... 579 643 707 ... 899.
+    Strides and deviation as in `rf_resnet18`. 3.19 M parameters at 29 px, 21.28 M at 225.
+    """
+    return _rf_resnet(_RESNET34, receptive_field, width, small_image_stem, kept_kernels)
+
+
+def rf_resnet101(
+    receptive_field: int | None = 99,
+    width: int = 64,
+    small_image_stem: bool | None = None,
+    kept_kernels: tuple[bool, ...] | None = None,
+) -> ResNet:
+    """A ResNet-101 in which a position sees 11 19 27 35 51 67 83 99 131 163 ... 835 899 963 1027 pixels.
+
+    As `rf_resnet50` with 23 blocks in stage 3. 24.15 M parameters at 99 px, 42.50 M unrestricted (1027 px).
+    """
+    return _rf_resnet(_RESNET101, receptive_field, width, small_image_stem, kept_kernels)
+
+
+def bagnet(receptive_field: int | None = 33, width: int = 64, small_image_stem: bool | None = None) -> ResNet:
+    """A BagNet-9, -17 or -33 (Brendel and Bethge 2019, arXiv 1904.00760): a position sees 9, 17 or 33 pixels; stride 8.
+
+    The public code's blocks and strides (2 2 2 1 per stage, in the 3x3). The 3x3 of the first block stays in the first 2, 3 or 4 stages;
+    by the same rule 3 and 5 px can be had. 13.60, 14.13 and 16.23 M parameters; `layer1` to `layer4` have the public names and shapes.
+    Those 3x3 are the 1st, 4th, 8th and 14th: rf_resnet50(small_image_stem=True, kept_kernels=...) with them is the same function where the
+    norms do not follow the batch (a 1x1 may be computed before a stride or after it), at 2.5 times the work, since its strides come later.
+    Deviations: the public code pads nowhere (24 x 24 positions at 224 px, here 28 x 28), so its shortcuts, cropped at the bottom and right,
+    add the top left pixel of each 3x3 and here the middle one: weights load, outputs differ. Its stem has a 1x1 to 64 channels before the
+    3x3, nothing between, which folds into one 3x3 and is 35,328 parameters more; its stem's norm has momentum 0.001, here 0.1.
+    """
+    return _rf_resnet(_BAGNET, receptive_field, width, small_image_stem, None)
 
 
 def _rf_resnet(
-    layout: _Layout, receptive_field: int | None, width: int, small_image_stem: bool, kept_kernels: tuple[bool, ...] | None
+    layout: _Layout, receptive_field: int | None, width: int, small_image_stem: bool | None, kept_kernels: tuple[bool, ...] | None
 ) -> ResNet:
     if width < 1:
         raise ValueError(f"width={width} is no number of channels; give at least 1 (64 is the full network, 16 a quarter of its width)")
-    kept = kept_kernels if kept_kernels is not None else _first_kept(layout, receptive_field, small_image_stem)
-    count = sum(layout.depths) * layout.spatial_per_block
-    if len(kept) != count:
-        raise ValueError(f"kept_kernels has {len(kept)} entries; {layout.name} has {count} spatial convolutions: give one bool for each")
+    small = layout.small_image_stem if small_image_stem is None else small_image_stem
+    kept = kept_kernels if kept_kernels is not None else _first_kept(layout, receptive_field, small)
+    if len(kept) != layout.count:
+        raise ValueError(
+            f"kept_kernels has {len(kept)} entries; {layout.name} has {layout.count} spatial convolutions: give one bool for each"
+        )
     kernels = iter(kept)
     expansion = Bottleneck.expansion if layout.bottleneck else BasicBlock.expansion
     stages, in_channels = [], width
@@ -110,12 +168,12 @@ def _rf_resnet(
         planes = width * 2**stage
         blocks = []
         for i in range(depth):
-            stride = 2 if stage > 0 and i == 0 else 1
+            stride = layout.strides[stage] if i == 0 else 1
             own = [next(kernels) for _ in range(layout.spatial_per_block)]
-            blocks.append((_bottleneck if layout.bottleneck else _basic)(in_channels, planes, stride, own))
+            blocks.append(_block(layout, in_channels, planes, stride, own))
             in_channels = planes * expansion
         stages.append(nn.Sequential(*blocks))
-    conv1, maxpool = _stem(width, small_image_stem)
+    conv1, maxpool = _stem(width, small)
     backbone = ResNet(conv1, nn.BatchNorm2d(width), maxpool, stages, in_channels)
     for module in backbone.modules():
         if isinstance(module, nn.Conv2d):
@@ -123,28 +181,37 @@ def _rf_resnet(
     return backbone
 
 
+def _may_stay(layout: _Layout, small_image_stem: bool) -> tuple[list[int], list[int]]:
+    """Which spatial convolutions may stay 3x3, in depth order, and the receptive fields with the first 0, 1, 2 ... of them."""
+    jump, field = (1, 3) if small_image_stem else (4, 11)
+    indices, fields, before = [], [field], 0
+    for depth, stride in zip(layout.depths, layout.strides, strict=True):
+        count = depth * layout.spatial_per_block
+        # A 3x3 that carries the stride has its taps still one lower jump apart.
+        first, jump = jump if layout.stride_in_spatial else jump * stride, jump * stride
+        for i in range(1 if layout.one_per_stage else count):
+            indices.append(before + i)
+            fields.append(fields[-1] + 2 * (first if i == 0 else jump))
+        before += count
+    return indices, fields
+
+
 def _first_kept(layout: _Layout, receptive_field: int | None, small_image_stem: bool) -> tuple[bool, ...]:
-    """Which spatial convolutions stay 3x3: the first k, k such that the receptive field is the one asked for."""
-    jumps = []
-    stem_jump, field = (1, 3) if small_image_stem else (4, 11)
-    for stage, depth in enumerate(layout.depths):
-        jump = stem_jump * 2**stage
-        # In a basic block the first 3x3 of a stage carries the stride, so its taps are still one lower jump apart.
-        first = jump if layout.bottleneck or stage == 0 else jump // 2
-        jumps += [first] + [jump] * (depth * layout.spatial_per_block - 1)
-    if not receptive_field:
-        return (True,) * len(jumps)
-    reachable = [field]
-    for jump in jumps:
-        reachable.append(reachable[-1] + 2 * jump)
-    if receptive_field not in reachable:
+    """Which spatial convolutions stay 3x3: the first k that may, k such that the receptive field is the one asked for."""
+    indices, fields = _may_stay(layout, small_image_stem)
+    if receptive_field and receptive_field not in fields:
         stem = "small-image" if small_image_stem else "ImageNet"
         raise ValueError(
             f"receptive_field={receptive_field} px cannot be reached by {layout.name} with the {stem} stem; "
-            f"choose one of {', '.join(map(str, reachable))}, or 0 for no restriction"
+            f"choose one of {', '.join(map(str, fields))}, or 0 for no restriction"
         )
-    kept = reachable.index(receptive_field)
-    return (True,) * kept + (False,) * (len(jumps) - kept)
+    kept = set(indices[: fields.index(receptive_field)] if receptive_field else indices)
+    return tuple(index in kept for index in range(layout.count))
+
+
+def reachable_fields(name: str) -> list[int]:
+    """The receptive fields in px that this backbone can be built with, on the stem that it has by itself; none for torchvision's."""
+    return _may_stay(_LAYOUTS[name], _LAYOUTS[name].small_image_stem)[1] if name in _LAYOUTS else []
 
 
 def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -163,19 +230,18 @@ def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module | N
     return nn.Sequential(_conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
 
 
-def _bottleneck(in_channels: int, planes: int, stride: int, kept: Sequence[bool]) -> nn.Module:
-    """torchvision's block with the stride moved from the 3x3 to the 1x1 before it, and the 3x3 perhaps a 1x1."""
+def _block(layout: _Layout, in_channels: int, planes: int, stride: int, kept: Sequence[bool]) -> nn.Module:
+    """torchvision's block with each 3x3 perhaps a 1x1, and the stride where the layout has it."""
+    kernels = [3 if keep else 1 for keep in kept]
+    if not layout.bottleneck:
+        basic = BasicBlock(in_channels, planes, stride, _shortcut(in_channels, planes, stride))
+        basic.conv1 = _conv(in_channels, planes, kernels[0], stride)
+        basic.conv2 = _conv(planes, planes, kernels[1])
+        return basic
+    before, spatial = (1, stride) if layout.stride_in_spatial else (stride, 1)
     block = Bottleneck(in_channels, planes, stride, _shortcut(in_channels, planes * Bottleneck.expansion, stride))
-    block.conv1 = _conv(in_channels, planes, 1, stride)
-    block.conv2 = _conv(planes, planes, 3 if kept[0] else 1)
-    return block
-
-
-def _basic(in_channels: int, planes: int, stride: int, kept: Sequence[bool]) -> nn.Module:
-    """torchvision's block with either 3x3 perhaps a 1x1."""
-    block = BasicBlock(in_channels, planes, stride, _shortcut(in_channels, planes, stride))
-    block.conv1 = _conv(in_channels, planes, 3 if kept[0] else 1, stride)
-    block.conv2 = _conv(planes, planes, 3 if kept[1] else 1)
+    block.conv1 = _conv(in_channels, planes, 1, before)
+    block.conv2 = _conv(planes, planes, kernels[0], spatial)
     return block
 
 
@@ -187,6 +253,16 @@ def torchvision_resnet50(receptive_field: int | None = None, width: int = 64, sm
 def torchvision_resnet18(receptive_field: int | None = None, width: int = 64, small_image_stem: bool | None = None) -> ResNet:
     """torchvision's ResNet-18, untrained, without pooling and classifier; receptive field 435 px (109 with the small-image stem)."""
     return _torchvision("resnet18", torchvision.models.resnet18, receptive_field, width, bool(small_image_stem))
+
+
+def torchvision_resnet34(receptive_field: int | None = None, width: int = 64, small_image_stem: bool | None = None) -> ResNet:
+    """torchvision's ResNet-34, untrained, without pooling and classifier; receptive field 899 px (225 with the small-image stem)."""
+    return _torchvision("resnet34", torchvision.models.resnet34, receptive_field, width, bool(small_image_stem))
+
+
+def torchvision_resnet101(receptive_field: int | None = None, width: int = 64, small_image_stem: bool | None = None) -> ResNet:
+    """torchvision's ResNet-101 (v1.5), untrained, without pooling and classifier; receptive field 971 px."""
+    return _torchvision("resnet101", torchvision.models.resnet101, receptive_field, width, bool(small_image_stem))
 
 
 def _torchvision(name: str, build: Callable[..., Any], receptive_field: int | None, width: int, small_image_stem: bool) -> ResNet:
@@ -211,8 +287,13 @@ def _torchvision(name: str, build: Callable[..., Any], receptive_field: int | No
 BACKBONES: dict[str, Callable[..., ResNet]] = {
     "rf_resnet50": rf_resnet50,
     "rf_resnet18": rf_resnet18,
+    "rf_resnet34": rf_resnet34,
+    "rf_resnet101": rf_resnet101,
+    "bagnet": bagnet,
     "resnet50": torchvision_resnet50,
     "resnet18": torchvision_resnet18,
+    "resnet34": torchvision_resnet34,
+    "resnet101": torchvision_resnet101,
 }
 
 

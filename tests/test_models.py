@@ -5,14 +5,14 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from cossl.models.rf_resnet import BACKBONES, make_backbone, position_grid, rf_resnet18, rf_resnet50
+from cossl.models.rf_resnet import BACKBONES, bagnet, make_backbone, position_grid, rf_resnet18, rf_resnet50
 
 
 def own_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("fc.")}
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", [name for name in BACKBONES if name != "bagnet"])
 def test_state_has_torchvisions_names(name: str) -> None:
     reference = own_state(getattr(torchvision.models, name.removeprefix("rf_"))(weights=None))
     with torch.device("meta"):
@@ -27,6 +27,45 @@ def test_unrestricted_resnet18_computes_what_torchvisions_does(name: str) -> Non
     backbone.load_state_dict(own_state(reference))
     x = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(reference.fc(backbone(x).mean((2, 3))), reference(x))
+
+
+def test_torchvisions_resnet50_state_loads_and_comes_back() -> None:
+    reference = torchvision.models.resnet50(weights=None).eval()
+    x = torch.randn(1, 3, 64, 64)
+    expected = reference(x)
+    for name, same in (("resnet50", True), ("rf_resnet50", False)):  # rf_resnet50 has its strides in the 1x1, torchvision in the 3x3
+        backbone = make_backbone(name, None, 64, small_image_stem=False).eval()
+        backbone.load_state_dict(own_state(reference))
+        y = reference.fc(backbone(x).mean((2, 3)))
+        assert torch.allclose(y, expected, rtol=1e-4, atol=1e-5) == same
+        back = torchvision.models.resnet50(weights=None)
+        missing, unexpected = back.load_state_dict(backbone.state_dict(), strict=False)
+        assert (missing, unexpected) == (["fc.weight", "fc.bias"], [])
+        assert all(torch.equal(tensor, own_state(reference)[key]) for key, tensor in own_state(back).items())
+
+
+@pytest.mark.parametrize(
+    ("depth", "with_classifier", "features"), [(18, 11.69e6, 512), (34, 21.80e6, 512), (50, 25.56e6, 2048), (101, 44.55e6, 2048)]
+)
+def test_parameters_are_the_published_less_the_classifier(depth: int, with_classifier: float, features: int) -> None:
+    for name in (f"resnet{depth}", f"rf_resnet{depth}"):
+        with torch.device("meta"):
+            backbone = make_backbone(name, None, 64, small_image_stem=False)
+        assert sum(p.numel() for p in backbone.parameters()) + features * 1000 + 1000 == pytest.approx(with_classifier, abs=5e3)
+
+
+@pytest.mark.parametrize(("receptive_field", "published"), [(9, 15_688_744), (17, 16_213_032), (33, 18_310_184)])
+def test_bagnet_has_the_published_parameters_and_is_a_kept_kernels_tuple_of_rf_resnet50(receptive_field: int, published: int) -> None:
+    with torch.device("meta"):  # published (github.com/osmr/imgclsmob): with a classifier, and a 1x1 and a 64 channel 3x3 as the stem
+        parameters = sum(p.numel() for p in bagnet(receptive_field).parameters())
+    assert parameters == published - (2048 * 1000 + 1000) - (3 * 64 + 64 * 64 * 9 - 3 * 64 * 9)
+    stay = (0, 3, 7, 13)[: {9: 2, 17: 3, 33: 4}[receptive_field]]
+    ours = bagnet(receptive_field, width=8).double().eval()
+    same = rf_resnet50(width=8, small_image_stem=True, kept_kernels=tuple(i in stay for i in range(16))).double().eval()
+    same.load_state_dict(ours.state_dict())
+    assert position_grid(same, 61) == position_grid(ours, 61)
+    x = torch.randn(1, 3, 61, 61, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), same(x))
 
 
 def test_initial_weights_follow_fan_out() -> None:

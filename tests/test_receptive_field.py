@@ -6,7 +6,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cossl.models.rf_resnet import ResNet, position_grid, rf_resnet18, rf_resnet50, torchvision_resnet18, torchvision_resnet50
+from cossl.models.rf_resnet import (
+    BACKBONES,
+    ResNet,
+    bagnet,
+    position_grid,
+    reachable_fields,
+    rf_resnet18,
+    rf_resnet34,
+    rf_resnet50,
+    rf_resnet101,
+    torchvision_resnet18,
+    torchvision_resnet50,
+)
 
 RF50 = [11, 19, 27, 35, 51, 67, 83, 99, 131, 163, 195, 227, 259, 291, 355, 419, 483]
 RF18 = [3, 5, 7, 9, 11, 13, 17, 21, 25, 29, 37, 45, 53, 61, 77, 93, 109]
@@ -47,10 +59,30 @@ def test_recurrence_gives_the_asked_field_resnet18(receptive_field: int) -> None
     assert position_grid(rf_resnet18(receptive_field, width=4), 64) == (8, 8, receptive_field, 0.5, 64)
 
 
+@pytest.mark.parametrize("name", ["rf_resnet18", "rf_resnet34", "rf_resnet50", "rf_resnet101", "bagnet"])
+def test_every_field_that_is_said_to_be_reachable_is(name: str) -> None:
+    fields = reachable_fields(name)
+    for field in fields:
+        with torch.device("meta"):
+            assert position_grid(BACKBONES[name](field, width=4), 224).receptive_field_px == field
+    assert fields == {"rf_resnet18": RF18, "rf_resnet50": RF50, "bagnet": [3, 5, 9, 17, 33]}.get(name, fields)
+    assert not reachable_fields("resnet50")
+
+
+def test_deeper_networks_have_the_fields_of_their_docstrings() -> None:
+    stages = list(range(3, 16, 2)), list(range(17, 46, 4)), list(range(49, 138, 8)), [145, 161, 177, 193, 209, 225]
+    assert reachable_fields("rf_resnet34") == [field for stage in stages for field in stage]
+    stages = [11, 19, 27], list(range(35, 84, 16)), list(range(99, 836, 32)), [899, 963, 1027]
+    assert reachable_fields("rf_resnet101") == [field for stage in stages for field in stage]
+
+
 def test_unrestricted_and_plain_networks_have_their_published_fields() -> None:
     assert position_grid(torchvision_resnet50(), 224).receptive_field_px == 427
     assert position_grid(torchvision_resnet18(), 224).receptive_field_px == 435
     assert position_grid(torchvision_resnet18(small_image_stem=True), 64) == (8, 8, 109, 0.5, 64)
+    with torch.device("meta"):
+        for name, field in {"resnet34": 899, "resnet101": 971, "rf_resnet101": 1027}.items():
+            assert position_grid(BACKBONES[name](0), 224).receptive_field_px == field
     for unrestricted in (None, 0):
         assert position_grid(rf_resnet50(unrestricted, width=4), 224).receptive_field_px == 483
 
@@ -65,6 +97,13 @@ def test_unrestricted_and_plain_networks_have_their_published_fields() -> None:
         (rf_resnet18, 13, True, 64, 3),
         (rf_resnet18, 99, False, 224, 3),
         (rf_resnet18, 109, True, 128, 8),
+        (rf_resnet34, 29, True, 64, 4),
+        (rf_resnet34, 99, False, 224, 3),
+        (rf_resnet101, 99, False, 224, 3),
+        (rf_resnet101, 131, False, 256, 4),
+        (bagnet, 9, True, 64, 4),
+        (bagnet, 17, True, 64, 4),
+        (bagnet, 33, True, 64, 4),
     ],
 )
 def test_gradient_reaches_every_pixel_of_the_field_and_no_other(
@@ -88,7 +127,7 @@ def test_kept_kernels_override_the_receptive_field() -> None:
         rf_resnet50(99, width=4, kept_kernels=(*kept, False))
 
 
-@pytest.mark.parametrize(("build", "view_px"), [(rf_resnet50, 224), (rf_resnet50, 97), (rf_resnet18, 64), (rf_resnet18, 35)])
+@pytest.mark.parametrize(("build", "view_px"), [(rf_resnet50, 224), (rf_resnet50, 97), (rf_resnet18, 64), (rf_resnet18, 35), (bagnet, 61)])
 def test_grid_size_is_the_size_of_the_map(build: Callable[..., ResNet], view_px: int) -> None:
     backbone = build(width=4).eval()
     y = backbone(torch.zeros(1, 3, view_px, view_px))
@@ -99,5 +138,8 @@ def test_grid_size_is_the_size_of_the_map(build: Callable[..., ResNet], view_px:
 def test_unreachable_field_lists_the_reachable(asked: int) -> None:
     with pytest.raises(ValueError, match=f"receptive_field={asked} px cannot be reached by rf_resnet50.*83, 99, 131"):
         rf_resnet50(asked)
-    with pytest.raises(ValueError, match=r"small-image stem.*25, 29, 37"):
-        rf_resnet18(asked)
+    for build, listed in ((rf_resnet18, "25, 29, 37"), (rf_resnet34, "29, 33, 37"), (bagnet, "9, 17, 33")):
+        with pytest.raises(ValueError, match=rf"small-image stem.*{listed}"):
+            build(asked)
+    with pytest.raises(ValueError, match=r"rf_resnet101 with the ImageNet stem.*899, 963, 1027"):
+        rf_resnet101(asked)
