@@ -116,7 +116,7 @@ def test_a_direction_with_share_zero_is_not_computed(share: float, absent: str) 
     calls: list[str] = []
     heads = {"online": model.online.local_projector, "target": model.target.local_projector}
     for name, head in heads.items():
-        head.layers.register_forward_hook(lambda *_, name=name: calls.append(name))
+        head.layers[1].register_forward_hook(lambda *_, name=name: calls.append(name))
     terms = model(views, positions)
     assert absent not in terms
     assert calls == (["online"] * 2 if share else ["target", "target", "online", "online"])
