@@ -298,3 +298,15 @@ def test_stock_ffcv_gives_one_output_per_view(betons: Path) -> None:
     loader = stock_ffcv(job.source, job.batch_size, job.workers, job.sizes, job.scales)
     assert len(loader) == 20
     assert set(loader.pipeline_specs) == {"image", *(f"image_{v}" for v in range(1, 8)), "label"}
+
+
+def test_a_row_that_says_nothing_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    silent = tmp_path / "silent"
+    silent.write_text("#!/bin/sh\nexec sleep 60\n")
+    silent.chmod(0o755)
+    monkeypatch.setattr(bench_loaders.sys, "executable", str(silent))
+    monkeypatch.setattr(bench_loaders, "PATIENCE_S", 0.2)
+    results = bench_loaders.Results()
+    bench_loaders.measure_group([Job("ours-torch", "2x224", 1, 2, 1, str(tmp_path), None)], 1, results)
+    assert [(entry["name"], entry["reason"]) for entry in results.failed] == [("ours-torch", "no answer within 0.2 s")]
+    assert results.rows == []

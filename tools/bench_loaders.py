@@ -9,6 +9,7 @@ CPU time counts all threads and worker processes.
 from __future__ import annotations
 
 import json
+import select
 import shlex
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from cossl.train import cache_dir, parse_flags, replace_text
 
 OURS = "ours-ffcv"
 IMAGES, QUICK_IMAGES, TURNS, QUICK_TURNS = 384, 192, 7, 3
+PATIENCE_S = 300.0  # stock ffcv compiles for half a minute at its first batch
 
 
 class Goal(NamedTuple):
@@ -113,8 +115,11 @@ class Process:
         stack.callback(self._close)
 
     def answer(self) -> dict[str, float]:
-        """Waits for the next line. Raises RowFailed when the process ends instead."""
+        """Waits for the next line. Raises RowFailed when the process ends instead, or says nothing for PATIENCE_S."""
         assert self._process.stdout is not None
+        if not select.select([self._process.stdout], [], [], PATIENCE_S)[0]:
+            self._process.kill()
+            raise RowFailed(f"no answer within {PATIENCE_S:g} s")
         line = self._process.stdout.readline()
         if not line:
             self._process.wait()
