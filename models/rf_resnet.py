@@ -62,7 +62,7 @@ class _Layout(NamedTuple):
         return 1 if self.bottleneck else 2
 
     @property
-    def count(self) -> int:
+    def num_spatial(self) -> int:
         return sum(self.depths) * self.spatial_per_block
 
 
@@ -142,7 +142,7 @@ def bagnet(receptive_field: int | None = 33, width: int = 64, small_image_stem: 
     The public code's blocks and strides (2 2 2 1 per stage, in the 3x3). The 3x3 of the first block stays in the first 2, 3 or 4 stages;
     by the same rule 3 and 5 px can be had. 13.60, 14.13 and 16.23 M parameters; `layer1` to `layer4` have the public names and shapes.
     Those 3x3 are the 1st, 4th, 8th and 14th: rf_resnet50(small_image_stem=True, kept_kernels=...) with them is the same function where the
-    norms do not follow the batch (a 1x1 may be computed before a stride or after it), at 2.5 times the work, since its strides come later.
+    norms do not follow the batch (a 1x1 may be computed before a stride or after it), at 2.3 times the work: its strides come later.
     Deviations: the public code pads nowhere (24 x 24 positions at 224 px, here 28 x 28), so its shortcuts, cropped at the bottom and right,
     add the top left pixel of each 3x3 and here the middle one: weights load, outputs differ. Its stem has a 1x1 to 64 channels before the
     3x3, nothing between, which folds into one 3x3 and is 35,328 parameters more; its stem's norm has momentum 0.001, here 0.1.
@@ -157,9 +157,9 @@ def _rf_resnet(
         raise ValueError(f"width={width} is no number of channels; give at least 1 (64 is the full network, 16 a quarter of its width)")
     small = layout.small_image_stem if small_image_stem is None else small_image_stem
     kept = kept_kernels if kept_kernels is not None else _first_kept(layout, receptive_field, small)
-    if len(kept) != layout.count:
+    if len(kept) != layout.num_spatial:
         raise ValueError(
-            f"kept_kernels has {len(kept)} entries; {layout.name} has {layout.count} spatial convolutions: give one bool for each"
+            f"kept_kernels has {len(kept)} entries; {layout.name} has {layout.num_spatial} spatial convolutions: give one bool for each"
         )
     kernels = iter(kept)
     expansion = Bottleneck.expansion if layout.bottleneck else BasicBlock.expansion
@@ -206,7 +206,7 @@ def _first_kept(layout: _Layout, receptive_field: int | None, small_image_stem: 
             f"choose one of {', '.join(map(str, fields))}, or 0 for no restriction"
         )
     kept = set(indices[: fields.index(receptive_field)] if receptive_field else indices)
-    return tuple(index in kept for index in range(layout.count))
+    return tuple(index in kept for index in range(layout.num_spatial))
 
 
 def reachable_fields(name: str) -> list[int]:

@@ -12,6 +12,7 @@ VERBS: dict[str, tuple[str, str, str]] = {  # verb: module, function, what it do
     "convert": ("cossl.tools.write_beton", "convert_main", "an image folder to a beton: convert SRC OUT.beton"),
     "verify": ("cossl.tools.write_beton", "verify_main", "prove that a beton is whole: verify OUT.beton"),
     "bench": ("cossl.tools.bench", "main", "what things cost here, beside their peers: bench loaders"),
+    "models": ("cossl.tools.models", "models_main", "what every backbone and local head sees and costs: models --view-px 224"),
     "doctor": ("cossl.tools.doctor", "doctor_main", "where time goes on this machine, what limits, and which knob to turn"),
 }
 
