@@ -51,7 +51,7 @@ def test_grid_of_a_row_is_the_backbones(report: dict[str, Any]) -> None:
 
 
 def saved_by_hand(backbone: ResNet, view_px: int, indices: int) -> int:
-    """Bytes in float32: the picture, the outputs of convolutions (norms keep them), of ReLUs (they write over the norm's) and of the pooling.
+    """Bytes in float32: the picture, the outputs of convolutions (norms keep them), of ReLUs (written over the norms') and of the pooling.
 
     The norm of a shortcut has an output of its own, which is only added and so not kept. `indices` are the pooling's.
     """
