@@ -46,13 +46,13 @@ class ModelConfig:
     """The networks."""
 
     backbone: BackboneName = "rf_resnet50"
-    """The network before pooling. rf_*: the receptive field is an argument; the others are torchvision's."""
+    """The network before pooling. rf_*, bagnet: the receptive field is an argument; the others are torchvision's. See `cossl models`."""
     receptive_field: int | None = 99
     """Pixels of a view that one position of the feature map sees; None or 0 = unrestricted. An impossible value lists the possible ones."""
     width: int = 64
     """Channels of the first stage, all others in proportion: 64 = the full network, 16 = a quarter of its width."""
     small_image_stem: bool | None = None
-    """3x3 stem without stride and max-pool, for views of about 64 px; None = the backbone's own habit (rf_resnet18: yes, others: no)."""
+    """3x3 stem without stride and max-pool, for views of about 64 px; None = its own habit (yes: rf_resnet18, rf_resnet34, bagnet)."""
     mlp_after_pool: int = 2
     """Linear layers between the pooling and the global representation, as wide as the feature map; 0 = none."""
     hidden_dim: int = 4096
