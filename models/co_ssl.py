@@ -90,9 +90,12 @@ class LossConfig:
     """convex: (1 - w_s) global + w_s local. additive: global + w_s local."""
     local_target: Literal["global_head", "local_head"] = "global_head"
     """Which projector of the target network makes the global vector that positions are drawn to."""
+    local_views: Literal["cross", "same"] = "cross"
+    """cross: the local terms compare one view with the other, as the paper's. same: each view with itself, seen by the target network."""
 
     def __post_init__(self) -> None:
         _check("combine", self.combine, self.combine in ("convex", "additive"), "choose convex or additive")
+        _check("local_views", self.local_views, self.local_views in ("cross", "same"), "choose cross or same")
         _check("local_target", self.local_target, self.local_target in ("global_head", "local_head"), "choose global_head or local_head")
         most = 1.0 if self.combine == "convex" else float("inf")
         fix = "give 0 to 1" if self.combine == "convex" else "give 0 or more"
@@ -185,19 +188,19 @@ class CoByol(nn.Module):
         assert g2_target is not None
         share, terms = self.loss.local_to_global, {}
         at = [positions[:, 0], positions[:, 1]]
-        cross = ((0, 1), (1, 0))
+        pairs = ((0, 1), (1, 0)) if self.loss.local_views == "cross" else ((0, 0), (1, 1))
         if share > 0:
             with torch.no_grad():
                 goal = z if self.loss.local_target == "global_head" else [g2_target.vectors(each) for each in pooled_target]
             terms["local_to_global"] = _sum(
-                losses.masked_mean(losses.cosine_distance(q2.vectors(g2(y[v], at[v])), goal[w][:, None]), at[v] >= 0) for v, w in cross
+                losses.masked_mean(losses.cosine_distance(q2.vectors(g2(y[v], at[v])), goal[w][:, None]), at[v] >= 0) for v, w in pairs
             )
         if share < 1:
             with torch.no_grad():
                 z_local = [g2_target(y_target[v], at[v]) for v in (0, 1)]
             terms["global_to_local"] = _sum(
                 losses.masked_mean(losses.cosine_distance(q2.vectors(g2.vectors(pooled[v]))[:, None], z_local[w]), at[w] >= 0)
-                for v, w in cross
+                for v, w in pairs
             )
         return terms
 

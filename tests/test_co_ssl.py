@@ -48,6 +48,11 @@ def reference(model: CoByol, views: list[Tensor], positions: Tensor) -> dict[str
         pooled, pooled_target = online.after_pool(y.mean((2, 3))), target.after_pool(y_target.mean((2, 3))).detach()
         z = target.projector.vectors(pooled_target).detach()
         terms["global"] = terms["global"] + distance(q.vectors(g.vectors(pooled)), z).mean()
+        if config.local_views == "same":
+            w = v
+            y_target = target.backbone(views[v]).detach()
+            pooled_target = target.after_pool(y_target.mean((2, 3))).detach()
+            z = target.projector.vectors(pooled_target).detach()
         goal = z if config.local_target == "global_head" else target.local_projector.vectors(pooled_target).detach()
         p_local = q2.vectors(g2(y, positions[:, v]))
         p_pooled = q2.vectors(g2.vectors(pooled))
@@ -75,6 +80,8 @@ def reference(model: CoByol, views: list[Tensor], positions: Tensor) -> dict[str
         (LossConfig(local_target="local_head", local_to_global=0.2), {"local_head": "mlp2"}),
         (LossConfig(combine="additive", local_weight=0.5, local_to_global=0.8), {"mlp_after_pool": 0}),
         (LossConfig(local_target="local_head"), {"shared_heads": True, "mlp_after_pool": 1}),
+        (LossConfig(local_views="same", local_to_global=0.2), {"local_head": "mlp3", "head_norm": "layer"}),
+        (LossConfig(local_views="same", local_target="local_head"), {"local_head": "conv1x1_deep"}),
     ],
 )
 def test_loss_and_gradients_equal_the_method(loss: LossConfig, changes: dict[str, Any]) -> None:
