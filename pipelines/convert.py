@@ -262,7 +262,10 @@ def _sync(path: Path) -> None:
 
 
 def _publish(partial: Partial, manifest: dict[str, Any], out: Path, overwrite: bool) -> None:
-    """Manifest and beton under their final names, synced. A kill between the two leaves the journal, and --resume publishes again."""
+    """Manifest and beton under their final names, synced.
+
+    A kill between the two leaves the journal, and --resume publishes again; with --force, where an old beton was to be replaced.
+    """
     partial.manifest.write_text(json.dumps(manifest, indent=1))
     for path in (partial.beton, partial.manifest):
         _sync(path)
