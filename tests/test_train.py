@@ -204,3 +204,9 @@ def test_every_preset_is_valid_and_documented() -> None:
     for name, preset in train.PRESETS.items():
         assert preset.__doc__
         assert train.parse([name])[1] == preset()
+
+
+def test_no_preset_moves_unseen() -> None:
+    """Every value of every preset. Where a change is meant: write the file anew and say so in the commit."""
+    golden = json.loads((Path(__file__).parent / "golden" / "presets.json").read_text())
+    assert {name: json.loads(json.dumps(train.flatten(preset()))) for name, preset in train.PRESETS.items()} == golden
