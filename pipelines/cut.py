@@ -1,8 +1,8 @@
 """Cuts boxes out of decoded pictures and resizes them: Pillow's antialiased bilinear filter bit for bit, without the GIL.
 
 The rule is Pillow's (libImaging/Resample.c with the triangle filter): output pixel x sees the source around (x + 0.5) * scale within
-max(scale, 1) pixels, weights in 22-bit fixed point, rows first and rounded to bytes, then columns. Where the box is not shrunk that is
-plain bilinear interpolation with two taps.
+max(scale, 1) pixels, weights in 22-bit fixed point, the width first and rounded to bytes, then the height. Where the box is not shrunk
+that is plain bilinear interpolation with two taps.
 
 Pictures come as planes, [x, 3, stride]: the rows of one colour of a column lie side by side. So the first pass runs along columns, a vector
 of rows at a time; its result is transposed, and the second pass runs along rows, a vector of pixels at a time. The flip is a matter of

@@ -20,9 +20,9 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -207,9 +207,29 @@ def _write(root: Path, seed: int, counts: tuple[int, int]) -> Generator[Path, No
 
 def _sweep(cache: Path) -> None:
     """Removes what killed runs left behind; a young folder may belong to a run that is still writing."""
-    for left in cache.glob(".demo-*.part"):
+    for left in cache.glob(".*.part"):
         if time.time() - left.stat().st_mtime > STALE_S:
             shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def whole_folder(final: Path) -> Iterator[Path]:
+    """A name, not yet a folder, to be written under; renamed to `final` at the end, unless somebody else has put a whole one there.
+
+    Under the final name stands a complete folder or none. What is raised inside leaves nothing.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(final.parent)
+    partial = final.with_name(f".{final.name}.{uuid.uuid4().hex}.part")
+    try:
+        yield partial
+        try:
+            os.rename(partial, final)
+        except OSError:
+            if not final.is_dir():
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def make_demo_set(cache: Path, seed: int = 0, count: tuple[int, int] = (TRAIN_COUNT, VAL_COUNT)) -> Path:
@@ -224,24 +244,13 @@ def make_demo_set(cache: Path, seed: int = 0, count: tuple[int, int] = (TRAIN_CO
     final = cache / f"demo-{VERSION}-seed{seed}-{count[0]}+{count[1]}"
     if final.is_dir():
         return final
-    cache.mkdir(parents=True, exist_ok=True)
-    _sweep(cache)
-    partial = cache / f".{final.name}.{uuid.uuid4().hex}.part"
     quiet = not sys.stderr.isatty()
     if quiet:
         print(f"demo set: generating {sum(count)} pictures in {final}", file=sys.stderr)
     start = time.perf_counter()
-    try:
-        with closing(_write(partial, seed, count)) as written:
-            for _ in tqdm(written, total=sum(count), desc="demo set", unit="picture", disable=quiet):
-                pass
-        try:
-            os.rename(partial, final)
-        except OSError:
-            if not final.is_dir():
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with whole_folder(final) as partial, closing(_write(partial, seed, count)) as written:
+        for _ in tqdm(written, total=sum(count), desc="demo set", unit="picture", disable=quiet):
+            pass
     if quiet:
         print(f"demo set: {sum(count)} pictures in {time.perf_counter() - start:.1f} s", file=sys.stderr)
     return final

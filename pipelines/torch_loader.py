@@ -78,7 +78,7 @@ class _Cutter(Dataset):
         boxes, flips, photometry = sample_views(self.spec.seed, epoch, np.array([index]), *sizes, self.rows)
         views = []
         for view, (top, left, h, w), flip in zip(self.spec.recipe, boxes[0], flips[0], strict=True):
-            # Columns first, always: Pillow 13 resizes rows first where that is quicker, which rounds some pixels otherwise.
+            # The width first, always: Pillow 13 begins with the height of tall boxes, which rounds some pixels otherwise.
             size = view.size_px
             wide = picture.crop((left, top, left + w, top + h)).resize((size, int(h)), Image.Resampling.BILINEAR)
             pixels = np.asarray(wide.resize((size, size), Image.Resampling.BILINEAR))

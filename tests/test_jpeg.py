@@ -139,7 +139,7 @@ def cut_out(image: np.ndarray, top: int, left: int, height: int, width: int, fli
 
 
 def test_cut_is_pillows_antialiased_bilinear() -> None:
-    """Columns first, as every Pillow does it but for 13's very tall boxes."""
+    """The width first, then the height; Pillow 13 turns that around for tall boxes, so each is asked for alone."""
     random = np.random.default_rng(0)
     for trial in range(80):
         tall, wide = random.integers(1, 500 if trial % 4 == 0 else 200, 2)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import uuid
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 from cossl.pipelines.beton import list_image_folder
 from cossl.pipelines.convert import convert
+from cossl.pipelines.demo_set import whole_folder
 
 VERSION = "v1"  # part of the folder's name: raise it with every change that alters a pixel
 LONGEST_SIDE_PX, JPEG_QUALITY = 500, 90
@@ -71,20 +71,11 @@ def generated_folder(cache: Path, count: int) -> Path:
     final = cache / f"bench-{VERSION}-{count}"
     if final.is_dir():
         return final
-    cache.mkdir(parents=True, exist_ok=True)
-    partial = cache / f".{final.name}.{uuid.uuid4().hex}.part"
     names = [f"class-{i}" for i in range(min(CLASSES, count))]
-    try:
+    with whole_folder(final) as partial:
         for name in names:
             (partial / name).mkdir(parents=True)
         _in_parallel(lambda i: _save(Image.fromarray(picture(i)), partial / names[i % len(names)] / f"{i:05d}.jpg"), count)
-        try:
-            os.rename(partial, final)
-        except OSError:
-            if not final.is_dir():
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return final
 
 
