@@ -1,14 +1,13 @@
 """Train CO-SSL, end to end: `cossl train PRESET [flags]` (`cossl train demo` needs nothing else).
 
 Read top to bottom: what a run is (Config and presets), where its pictures come from, one step, the loop, the evaluation.
-A run is a function of its config and seed. Everything it learns is in its folder: config.json, metrics.jsonl, last.pt,
+A run is a function of its config and seed. Everything it learns is in its folder: config.json, metrics.jsonl, last.pt and previous.pt,
 batch.png (a batch as the network sees it), curves.png, results.json.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import difflib
 import io
 import json
@@ -18,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -27,10 +25,12 @@ import tyro
 from torch import Tensor
 from tqdm import tqdm
 
-from cossl.models import checkpoint, probe
+from cossl.models import checkpoint, probe, run_folder
 from cossl.models.co_ssl import CoByol, LossConfig, ModelConfig
 from cossl.models.optim import OptimConfig, ema_tau, learning_rate, make_optimizer, peak_lr
 from cossl.models.rf_resnet import position_grid
+from cossl.models.run_folder import flatten
+from cossl.models.run_folder import replace_text as replace_text
 from cossl.pipelines import Backend, choose_backend, find_split, make_loader
 from cossl.pipelines import views as view_recipes
 from cossl.pipelines.augment import augment, normalize
@@ -99,7 +99,7 @@ class Config:
     run_dir: Path | None = None
     """Where the run is written; default runs/<preset>-<date>-<time>."""
     resume: bool = False
-    """Go on from <run-dir>/last.pt."""
+    """Go on from the last checkpoint in --run-dir."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16 autocast, or float32 throughout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -227,63 +227,13 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """{"loss.local_weight": 0.3, ...}: plain values only, so that a config goes into JSON and into a checkpoint."""
-    flat: dict[str, Any] = {}
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if dataclasses.is_dataclass(value):
-            flat |= flatten(value, f"{prefix}{f.name}.")
-        else:
-            flat[prefix + f.name] = str(value) if isinstance(value, Path) else value
-    return flat
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes the file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
-
-
-def choose_run_dir(config: Config, preset: str) -> Path:
-    """The run's folder, not yet made: new for a new run, one with a checkpoint for --resume. Never one that holds another run."""
-    if config.resume:
-        if config.run_dir is None:
-            raise ValueError("--resume needs --run-dir, the folder of the run to go on with")
-        if not (config.run_dir / "last.pt").is_file():
-            raise ValueError(f"{config.run_dir / 'last.pt'} does not exist: there is nothing to resume, start without --resume")
-        return config.run_dir
-    run_dir = config.run_dir or Path("runs") / f"{preset}-{datetime.now():%Y%m%d-%H%M%S}"
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-        raise ValueError(f"{run_dir} holds something already: go on with it by --resume, or choose another --run-dir")
-    return run_dir
-
-
-def load_checkpoint(run_dir: Path, config: Config, num_samples: int) -> dict[str, Any]:
-    """The state to resume from. ValueError if it belongs to another config or another picture set."""
-    state = checkpoint.load(run_dir / "last.pt")
-    then, now = state["config"], flatten(config)
-    changed = [k for k in now if k not in RESUME_MAY_CHANGE and then.get(k) != now[k]]
-    if changed:
-        listing = ", ".join(f"--{k.replace('_', '-')} {then.get(k)} (now {now[k]})" for k in changed)
-        raise ValueError(f"{run_dir / 'last.pt'} is of another config, made with {listing}: resume with the same flags, or start a new run")
+def load_checkpoint(run_dir: Path, config: Config, num_samples: int) -> tuple[dict[str, Any], str]:
+    """(newest whole state, where it was found). ValueError if there is none, or it is of another config or picture set."""
+    state, found = checkpoint.newest(run_dir)
+    checkpoint.require_config(state, flatten(config), RESUME_MAY_CHANGE, run_dir / found.split(",")[0])
     if state["num_samples"] != num_samples:
-        raise ValueError(f"{run_dir / 'last.pt'} was trained on {state['num_samples']} pictures, --data has {num_samples}")
-    return state
-
-
-def keep_metrics(path: Path, last_step: int) -> None:
-    """Drops the lines of steps that the checkpoint does not know, and a line that a kill cut off."""
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            if json.loads(line)["step"] > last_step:
-                break
-        except (ValueError, KeyError):
-            break
-        kept.append(line + "\n")
-    replace_text(path, "".join(kept))
+        raise ValueError(f"{run_dir} was trained on {state['num_samples']} pictures, --data has {num_samples}")
+    return state, found
 
 
 # ------------------------------------------------------------------------------------------------- one step
@@ -322,12 +272,12 @@ def train(config: Config, model: CoByol, loader: Loader, device: torch.device, r
     warmup, peak = round(config.optim.warmup_epochs * steps_per_epoch), peak_lr(config.optim.base_lr, config.batch_size)
     step, window, timed = 0, {}, [0.0, 0.0]
     if config.resume:
-        state = load_checkpoint(run_dir, config, loader.num_samples)
+        state, found = load_checkpoint(run_dir, config, loader.num_samples)
         step, window, timed = state["step"], {k: v.to(device) for k, v in state["window"].items()}, state["timed"]
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        keep_metrics(run_dir / "metrics.jsonl", step)
-        say(f"resumed at step {step:,} of {total:,}")
+        run_folder.keep_metrics(run_dir / "metrics.jsonl", step)
+        say(f"resumed at step {step:,} of {total:,} from {found}")
     forward = torch.compile(model) if config.compile and device.type == "cuda" else model
     meter = Meter(total, step, config.batch_size, timed)
     with open(run_dir / "metrics.jsonl", "a") as metrics:
@@ -352,7 +302,7 @@ def train(config: Config, model: CoByol, loader: Loader, device: torch.device, r
                 if step == total or step % (config.checkpoint_every or steps_per_epoch) == 0:
                     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "window": window, "step": step}
                     state |= {"config": flatten(config), "num_samples": loader.num_samples, "timed": meter.timed}
-                    checkpoint.save(run_dir / "last.pt", state)
+                    checkpoint.save(run_dir, state)
     meter.close()
     return meter.rate()
 
@@ -441,7 +391,7 @@ def setup(preset: str, config: Config) -> tuple[Config, Path, torch.device, dict
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no GPU is visible to torch; use --device cpu, or mend the driver")
     device = torch.device("cuda" if config.device == "auto" and torch.cuda.is_available() else config.device.replace("auto", "cpu"))
-    run_dir = choose_run_dir(config, preset)
+    run_dir = run_folder.choose(config.run_dir, config.resume, preset)
     networks = {name: build(config, device) for name in ("trained", "untrained")}
     grid = position_grid(networks["trained"].online.backbone, config.views.size_px)
     count = config.positions.count or grid.size**2

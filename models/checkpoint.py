@@ -1,20 +1,79 @@
-"""The state of a run in one file that is either whole or absent."""
+"""The state of a run on disk: whole under some name at every instant, damage found, the one before at hand.
+
+`last.pt` and `previous.pt` are the last two checkpoints, `epoch-0010.pt` and the like are kept for good. `next.pt` exists only between two
+system calls of `save`: left behind by a kill, it is the newest of all.
+"""
 
 import contextlib
 import os
 import pickle
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 
+NEWEST_FIRST = ("next.pt", "last.pt", "previous.pt")
 
-def save(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
-    """Writes `state` (tensors and plain values) so that `path` is at every moment the old file or the new one, whole.
+
+def save(run_dir: str | os.PathLike[str], state: dict[str, Any], keep: int | None = None) -> None:
+    """Makes `state` (tensors and plain values) the run's last checkpoint and the last one its previous; OSError as for `write`.
+
+    keep: an epoch, under whose name (`epoch-0010.pt`) the state is written a second time, never to be replaced by later saves.
+
+    A kill or power cut between any two system calls leaves a whole checkpoint under one of the names that `newest` reads, even where
+    `last.pt` was damaged before. Up to three checkpoints need room at once.
+    """
+    run_dir = Path(run_dir)
+    write(run_dir / "next.pt", state)  # from here on it is the newest, so the others may be moved, whole or not
+    if (run_dir / "last.pt").exists():
+        _rename(run_dir / "last.pt", run_dir / "previous.pt")
+    _rename(run_dir / "next.pt", run_dir / "last.pt")
+    if keep is not None:
+        write(run_dir / f"epoch-{keep:04d}.pt", state)
+
+
+def newest(run_dir: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
+    """(newest whole state, the name of its file and, where newer files had to be passed over, why): "previous.pt, as last.pt is ...".
+
+    ValueError of one line where the folder has no checkpoint, or none that is whole.
+    """
+    run_dir = Path(run_dir)
+    passed_over: list[str] = []
+    for name in names(run_dir):
+        try:
+            return _read(run_dir / name), ", as ".join([name, *passed_over])
+        except ValueError as error:
+            passed_over.append(f"{name} {error}")
+    raise ValueError(f"{run_dir} has no checkpoint that can be read: {', '.join(passed_over)}; copy one from elsewhere, or start a new run")
+
+
+def names(run_dir: str | os.PathLike[str]) -> list[str]:
+    """Names of the files from which the run can go on, newest first. ValueError if there is none."""
+    found = [name for name in NEWEST_FIRST if (Path(run_dir) / name).exists()]
+    if not found:
+        raise ValueError(f"{Path(run_dir) / 'last.pt'} does not exist: there is nothing to resume, start without --resume")
+    return found
+
+
+def require_config(state: dict[str, Any], config: dict[str, Any], may_change: Collection[str], where: str | os.PathLike[str]) -> None:
+    """Nothing, if `state["config"]` is `config` but for the keys that may change. ValueError naming each key that differs and its values.
+
+    Both are flat ({"loss.local_weight": 0.3}); a key that only one of them has differs. `where` is the file that the message names.
+    """
+    then = state["config"]
+    changed = [k for k in then | config if k not in may_change and (k not in then or k not in config or then[k] != config[k])]
+    if changed:
+        listing = ", ".join(f"--{k.replace('_', '-')} {then.get(k)} (now {config.get(k)})" for k in changed)
+        raise ValueError(f"{where} is of another config, made with {listing}: resume with the same flags, or start a new run")
+
+
+def write(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
+    """Writes one file so that `path` is at every moment the old file or the new one, whole.
 
     The bytes go to `<path>.part` beside it, are forced to the disk, and take the name in one step. OSError where that fails: the old file
-    is then untouched and the part removed. A killed process leaves a part, which the next save overwrites and `load` never reads.
+    is then untouched and the part removed. A killed process leaves a part, which the next write overwrites and nobody reads.
     """
     path = Path(path)
     part = path.with_name(path.name + ".part")
@@ -23,7 +82,7 @@ def save(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        _rename(part, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
             part.unlink()
@@ -31,22 +90,24 @@ def save(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
         if isinstance(error, OSError | RuntimeError):
             raise OSError(f"{path} could not be written ({_first_line(error)}); what was there is untouched: free some space") from error
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # without it a power cut can undo the renaming
-    finally:
-        os.close(directory)
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The state that `save` wrote, on the CPU. ValueError naming the file where it is missing, cut off, damaged or no checkpoint.
+    """The state in one file, on the CPU. ValueError naming the file where it is missing, cut off, damaged or no checkpoint.
 
-    Reads tensors and plain values only: a pickle that carries code is refused, not run.
+    Every byte is compared with the checksums in the file. Reads tensors and plain values only: a pickle that carries code is refused, not
+    run.
     """
-    path = Path(path)
-    remedy = "give the run's own last checkpoint, or start without --resume"
+    try:
+        return _read(Path(path))
+    except ValueError as error:
+        raise ValueError(f"{path} {error}; give the run's own checkpoint, or start without --resume") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """`load`, but a ValueError says only what is wrong with the file."""
     if not path.is_file():
-        raise ValueError(f"{path} does not exist or is no file; {remedy}")
+        raise ValueError("does not exist or is no file")
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -56,10 +117,20 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         if not isinstance(state, dict):
             raise ValueError(f"it holds a {type(state).__name__}")
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds more than tensors and plain values, so it is refused unread; {remedy}") from error
-    except (zipfile.BadZipFile, RuntimeError, ValueError, EOFError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} is no whole checkpoint of this program ({_first_line(error)}); {remedy}") from error
+        raise ValueError("holds more than tensors and plain values, so it is refused unread") from error
+    except (zipfile.BadZipFile, OSError, RuntimeError, ValueError, EOFError, KeyError, AttributeError) as error:
+        raise ValueError(f"is no whole checkpoint of this program ({_first_line(error)})") from error
     return state
+
+
+def _rename(path: Path, name: Path) -> None:
+    """Renames a file and forces the folder to the disk; without that a power cut can undo the renaming."""
+    os.replace(path, name)
+    directory = os.open(name.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
 
 
 def _first_line(error: BaseException) -> str:

@@ -21,8 +21,8 @@ def assert_is_state(state: dict[str, Any]) -> None:
 
 def test_round_trip_replaces_and_leaves_nothing_beside(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
-    checkpoint.save(path, {"old": 1})
-    checkpoint.save(path, STATE)
+    checkpoint.write(path, {"old": 1})
+    checkpoint.write(path, STATE)
     assert_is_state(checkpoint.load(path))
     assert os.listdir(tmp_path) == ["last.pt"]
 
@@ -33,7 +33,7 @@ def test_optimizer_and_generator_states_can_be_read_back(tmp_path: Path) -> None
     weight.sum().backward()
     optimizer.step()
     state = {"optimizer": optimizer.state_dict(), "generator": torch.get_rng_state()}
-    checkpoint.save(tmp_path / "last.pt", state)
+    checkpoint.write(tmp_path / "last.pt", state)
     loaded = checkpoint.load(tmp_path / "last.pt")
     optimizer.load_state_dict(loaded["optimizer"])
     assert torch.equal(loaded["generator"], state["generator"])
@@ -42,7 +42,7 @@ def test_optimizer_and_generator_states_can_be_read_back(tmp_path: Path) -> None
 @pytest.mark.parametrize("failure", ["write", "fsync", "replace"])
 def test_failing_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: str) -> None:
     path = tmp_path / "last.pt"
-    checkpoint.save(path, STATE)
+    checkpoint.write(path, STATE)
     before = path.read_bytes()
 
     def full(*_: Any, **__: Any) -> None:
@@ -58,7 +58,7 @@ def test_failing_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
         else:
             patch.setattr(os, failure, full)
         with pytest.raises(OSError, match=r"last.pt could not be written .*No space left.* free some space"):
-            checkpoint.save(path, {"new": 1})
+            checkpoint.write(path, {"new": 1})
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["last.pt"]
 
@@ -66,34 +66,34 @@ def test_failing_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 def test_full_disk_is_an_oserror(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
-    checkpoint.save(path, STATE)
+    checkpoint.write(path, STATE)
     (tmp_path / "last.pt.part").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"last.pt could not be written"):
-        checkpoint.save(path, {"w": torch.zeros(100_000)})
+        checkpoint.write(path, {"w": torch.zeros(100_000)})
     assert_is_state(checkpoint.load(path))
     assert os.listdir(tmp_path) == ["last.pt"]
 
 
 def test_kill_in_the_middle_keeps_the_old_file_and_the_next_save_cleans_up(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
-    checkpoint.save(path, STATE)
+    checkpoint.write(path, STATE)
     child = os.fork()
     if child == 0:
         os.replace = lambda *_: os._exit(9)  # dies between the last byte and the renaming
-        checkpoint.save(path, {"new": 1})
+        checkpoint.write(path, {"new": 1})
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert sorted(os.listdir(tmp_path)) == ["last.pt", "last.pt.part"]
     assert_is_state(checkpoint.load(path))
-    checkpoint.save(path, {"new": 1})
+    checkpoint.write(path, {"new": 1})
     assert os.listdir(tmp_path) == ["last.pt"]
     assert checkpoint.load(path) == {"new": 1}
 
 
 def test_unwritable_state_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
-    checkpoint.save(path, STATE)
+    checkpoint.write(path, STATE)
     with pytest.raises((AttributeError, TypeError, pickle.PicklingError)):
-        checkpoint.save(path, {"function": lambda: 1})
+        checkpoint.write(path, {"function": lambda: 1})
     assert_is_state(checkpoint.load(path))
     assert os.listdir(tmp_path) == ["last.pt"]
 
@@ -101,7 +101,7 @@ def test_unwritable_state_keeps_the_old_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
 def test_cut_off_file_is_named(tmp_path: Path, share: float) -> None:
     path = tmp_path / "last.pt"
-    checkpoint.save(path, STATE)
+    checkpoint.write(path, STATE)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(ValueError, match=rf"{re.escape(str(path))} is no whole checkpoint.*--resume") as caught:
@@ -111,7 +111,7 @@ def test_cut_off_file_is_named(tmp_path: Path, share: float) -> None:
 
 def test_flipped_bit_is_found(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
-    checkpoint.save(path, STATE)
+    checkpoint.write(path, STATE)
     damaged = bytearray(path.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     path.write_bytes(damaged)
