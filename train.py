@@ -220,6 +220,7 @@ def open_loaders(config: Config, positions: PositionSpec) -> tuple[Loader, Loade
 
 # ------------------------------------------------------------------------------------------------- its folder
 
+STOP_BEFORE_END_S = 120  # of a job with a known time limit: a step, a checkpoint, and what the site's clock is off
 RESUME_MAY_CHANGE = "data run_dir resume eval_px log_every checkpoint_every loader.workers loader.batches_ahead loader.os_cache".split()
 
 
@@ -280,7 +281,8 @@ def train(config: Config, model: CoByol, loader: Loader, device: torch.device, r
         say(f"resumed at step {step:,} of {total:,} from {found}")
     forward = torch.compile(model) if config.compile and device.type == "cuda" else model
     meter = Meter(total, step, config.batch_size, timed)
-    with open(run_dir / "metrics.jsonl", "a") as metrics:
+    stop = run_folder.StopRequest(run_folder.deadline(STOP_BEFORE_END_S))
+    with open(run_dir / "metrics.jsonl", "a") as metrics, stop:
         while step < total:
             epoch, first = divmod(step, steps_per_epoch)
             for batch in to_device(loader.epoch(epoch, first), device):
@@ -299,10 +301,15 @@ def train(config: Config, model: CoByol, loader: Loader, device: torch.device, r
                     metrics.write(json.dumps(line | {"images_per_s": round(meter.rate(), 1)}) + "\n")
                     metrics.flush()
                     meter.report(step, record, epoch, config.epochs)
-                if step == total or step % (config.checkpoint_every or steps_per_epoch) == 0:
+                stopping = bool(stop)
+                if stopping or step == total or step % (config.checkpoint_every or steps_per_epoch) == 0:
                     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "window": window, "step": step}
-                    state |= {"config": flatten(config), "num_samples": loader.num_samples, "timed": meter.timed}
-                    checkpoint.save(run_dir, state)
+                    state |= {"num_samples": loader.num_samples, "timed": meter.timed}
+                    checkpoint.save(run_dir, state | run_folder.stamp(flatten(config), RESUME_MAY_CHANGE))
+                if stopping:
+                    meter.close()
+                    say(f"stopped after step {step:,} of {total:,} by {stop.reason}; go on with --resume --run-dir {run_dir}")
+                    raise SystemExit(run_folder.REQUEUE_EXIT_CODE)
     meter.close()
     return meter.rate()
 
@@ -408,8 +415,8 @@ def run(preset: str, ready: Any) -> None:
     """Trains, evaluates, writes results.json; what `setup` returned is `ready`."""
     config, run_dir, device, networks, positions, loaders = ready
     began, model = time.perf_counter(), networks["trained"]
-    run_dir.mkdir(parents=True, exist_ok=True)
     replace_text(run_dir / "config.json", json.dumps({"preset": preset} | flatten(config), indent=2))
+    run_folder.record_start(run_dir)
     size = sum(p.numel() for p in model.online.backbone.parameters()) / 1e6
     n, field_px = positions.size, positions.receptive_field_px
     say(f"{config.model.backbone}: {size:.2f} M parameters, {n} x {n} positions that see {field_px} px each")
@@ -427,20 +434,23 @@ def run(preset: str, ready: Any) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`cossl train PRESET [flags]`. A user's mistake ends in one line and exit code 2; nothing is touched by then."""
-    try:
-        preset, config = parse(sys.argv[1:] if argv is None else argv)
-        ready = setup(preset, config)
-    except BrokenPipeError:  # `cossl train demo --help | head`
-        raise SystemExit(1) from None
-    except (ValueError, OSError, ImportError) as error:
-        print(f"cossl train: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    try:
-        run(preset, ready)
-    except KeyboardInterrupt:
-        print(f"stopped; go on with: cossl train {preset} <the same flags> --resume --run-dir {ready[1]}", file=sys.stderr)
-        raise SystemExit(130) from None
+    """`cossl train PRESET [flags]`. A user's mistake ends in one line and exit code 2, a request to stop in code 85."""
+    with contextlib.ExitStack() as held:
+        try:
+            preset, config = parse(sys.argv[1:] if argv is None else argv)
+            ready = setup(preset, config)
+            held.enter_context(run_folder.lock(ready[1]))
+            run_folder.choose(ready[1], config.resume, preset)  # what was free before the lock may not be now
+        except BrokenPipeError:  # `cossl train demo --help | head`
+            raise SystemExit(1) from None
+        except (ValueError, OSError, ImportError) as error:
+            print(f"cossl train: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        try:
+            run(preset, ready)
+        except KeyboardInterrupt:
+            print(f"stopped; go on with: cossl train {preset} <the same flags> --resume --run-dir {ready[1]}", file=sys.stderr)
+            raise SystemExit(130) from None
     say(str(ready[1]))
 
 

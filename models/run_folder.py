@@ -1,12 +1,33 @@
-"""The folder of a run: which one, what is in it as text, and whose it is."""
+"""The folder of a run: which one, what is in it as text, whose it is, and when the run should stop.
 
+`config.json` is what the run is, `environment.json` what it ran on at each start, `lock` who runs it now.
+"""
+
+import contextlib
 import dataclasses
+import fcntl
+import functools
+import hashlib
 import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Collection, Iterator
 from datetime import datetime
+from importlib import metadata
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import torch
+
 from cossl.models import checkpoint
+
+# ------------------------------------------------------------------------------------------------- which one, and its config
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -21,11 +42,10 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Writes the file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
+def config_hash(config: dict[str, Any], ignore: Collection[str] = ()) -> str:
+    """16 hexadecimal digits that are equal if and only if (SHA-256) the flat configs are, but for the ignored keys."""
+    text = json.dumps({k: v for k, v in config.items() if k not in ignore}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def choose(run_dir: Path | None, resume: bool, preset: str) -> Path:
@@ -36,9 +56,16 @@ def choose(run_dir: Path | None, resume: bool, preset: str) -> Path:
         checkpoint.names(run_dir)
         return run_dir
     run_dir = run_dir or Path("runs") / f"{preset}-{datetime.now():%Y%m%d-%H%M%S}"
-    if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+    if run_dir.exists() and (not run_dir.is_dir() or any(path.name != "lock" for path in run_dir.iterdir())):
         raise ValueError(f"{run_dir} holds something already: go on with it by --resume, or choose another --run-dir")
     return run_dir
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes the file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
 
 
 def keep_metrics(path: Path, last_step: int) -> None:
@@ -52,3 +79,229 @@ def keep_metrics(path: Path, last_step: int) -> None:
             break
         kept.append(line + "\n")
     replace_text(path, "".join(kept))
+
+
+# ------------------------------------------------------------------------------------------------- whose it is
+
+_held: set[int] = set()
+
+
+@contextlib.contextmanager
+def lock(run_dir: Path) -> Iterator[None]:
+    """The folder, made if need be, is this process's alone inside the block. ValueError naming the owner if it is another's.
+
+    The kernel holds the lock (flock) and drops it when its owner ends, however it ends; the text of `<run_dir>/lock` only says who took it
+    last, and stays. Forked loader workers do not inherit it, so they cannot outlive their owner with it. Of several ranks, one takes it.
+
+    Trap: on NFS a lock holds between machines only if the mount passes locks to the server. With `nolock` or `local_lock=flock` two nodes
+    can both have it; and a server may keep the lock of a node that crashed for its lease or grace time, a minute or two, in which a
+    requeued run is refused.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    _forks_let_go()
+    file = os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    _held.add(file)
+    try:
+        _take(file, run_dir)
+        yield
+    finally:
+        if file in _held:  # not in a forked child
+            _held.remove(file)
+            os.close(file)
+
+
+def _take(file: int, run_dir: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.read(file, 1000).decode(errors="replace").strip() or "another process"
+        raise ValueError(f"{run_dir} is in use by {owner}: wait for it, stop it, or choose another --run-dir") from None
+    except OSError as error:
+        raise OSError(f"{run_dir} cannot be locked ({error.strerror}): choose a --run-dir on a file system that has locks") from error
+    os.ftruncate(file, 0)
+    os.write(file, f"process {os.getpid()} on {platform.node()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n".encode())
+
+
+@functools.cache
+def _forks_let_go() -> None:
+    def let_go() -> None:
+        while _held:
+            os.close(_held.pop())
+
+    os.register_at_fork(after_in_child=let_go)
+
+
+# ------------------------------------------------------------------------------------------------- what it ran on
+
+ROOT = Path(__file__).resolve().parent.parent
+DIFF_LIMIT = 1_000_000
+
+
+def record_start(run_dir: Path) -> None:
+    """Appends this start to the list in environment.json: see `environment`. A diff equal to that of the start before is left out."""
+    path = run_dir / "environment.json"
+    starts = json.loads(path.read_text()) if path.exists() else []
+    start, diffs = environment(), [s["code"]["diff"] for s in starts if "diff" in s["code"]]
+    if diffs[-1:] == [start["code"]["diff"]]:
+        del start["code"]["diff"]
+    replace_text(path, json.dumps([*starts, start], indent=1))
+
+
+def environment() -> dict[str, Any]:
+    """What a start ran on: time, command, host, processors, GPUs and driver, versions, SLURM job, and the source with its changes."""
+    cpuinfo, driver = Path("/proc/cpuinfo"), Path("/proc/driver/nvidia/version")
+    models = [line.split(":")[1].strip() for line in (cpuinfo.read_text().splitlines() if cpuinfo.exists() else []) if "model name" in line]
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    packages = ("torch", "torchvision", "numpy", "numba", "timm", "pillow", "ffcv", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
+    return {
+        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": sys.orig_argv,
+        "host": platform.node(),
+        "pid": os.getpid(),
+        "cpu": models[0] if models else platform.processor(),
+        "cpu_count": os.cpu_count(),
+        "gpus": gpus,
+        "driver": driver.read_text().splitlines()[0] if driver.exists() else None,
+        "versions": versions(*packages) | {"cuda": torch.version.cuda},
+        "slurm": {name: value for name, value in os.environ.items() if name in SLURM_NAMES},
+        "code": code() | {"version": code_version()},
+    }
+
+
+SLURM_NAMES = "SLURM_JOB_ID SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID SLURM_RESTART_COUNT SLURM_JOB_NODELIST SLURM_JOB_END_TIME".split()
+
+
+def stamp(config: dict[str, Any], may_change: Collection[str] = ()) -> dict[str, Any]:
+    """What a checkpoint says of its origin: the flat config, its hash without the keys that may change, code version, library versions."""
+    identity = {"config": config, "config_hash": config_hash(config, may_change)}
+    return identity | {"code_version": code_version(), "versions": versions("numpy", "torch")}
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """{"python": "3.12.1", "torch": "2.11.0", ...}; a package that is not installed is left out."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def code_version() -> str:
+    """0.1.0+g<commit>, with .dirty where the source differs from the commit; the package's version alone outside a git checkout."""
+    try:
+        version = metadata.version("cossl")
+    except metadata.PackageNotFoundError:
+        version = "unknown"
+    source = code()
+    return version if source["commit"] is None else f"{version}+g{source['commit'][:12]}{'.dirty' if source['dirty'] else ''}"
+
+
+def code() -> dict[str, Any]:
+    """Commit of the source tree, whether it differs from it (tracked files, new .py files), and the diff, cut after 1 MB.
+
+    commit None where the tree is no git checkout of its own, or git cannot say. As it was when first asked: code is loaded once.
+    """
+    return dict(_code(ROOT))
+
+
+@functools.cache
+def _code(root: Path) -> dict[str, Any]:
+    top = _git(root, "rev-parse", "--show-toplevel")
+    if top is None or Path(top.strip()).resolve() != root:
+        return {"commit": None, "dirty": None, "diff": None, "new_files": []}
+    commit, diff = (_git(root, "rev-parse", "HEAD") or "").strip(), _git(root, "diff", "--no-ext-diff", "HEAD") or ""
+    new_files = (_git(root, "ls-files", "--others", "--exclude-standard", "--", "*.py") or "").splitlines()
+    cut = diff if len(diff) <= DIFF_LIMIT else f"{diff[:DIFF_LIMIT]}\n[cut: the diff has {len(diff):,} characters]\n"
+    return {"commit": commit, "dirty": bool(diff or new_files), "diff": cut, "new_files": new_files}
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}  # set where git itself runs us, for another tree
+    command = ["git", "--no-optional-locks", "-C", str(root), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=60, env=environment)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.decode(errors="replace") if done.returncode == 0 else None
+
+
+# ------------------------------------------------------------------------------------------------- when it should stop
+
+REQUEUE_EXIT_CODE = 85
+"""The run was asked to stop, has written a checkpoint and is not finished: start the same command again with --resume.
+
+85 is the example in HTCondor's manual (`checkpoint_exit_code`), free in sysexits.h and in shells. A job script tests for it and calls
+`scontrol requeue $SLURM_JOB_ID`; a site can have SLURM do so itself (`RequeueExit=85` in slurm.conf).
+"""
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class StopRequest:
+    """True once SIGTERM, SIGUSR1 or SIGUSR2 came inside the block, or the time `at` (seconds since 1970) is past; `reason` says which.
+
+    The training loop asks between two steps, writes a checkpoint and leaves. A second signal changes nothing: only SIGKILL, or Ctrl-C,
+    ends the step. At the end of the block the handlers of before are back, and those written in Python are then called for the signals
+    that came: not earlier, because submitit's (SIGUSR2) requeues and exits on the spot, before there is a checkpoint. A signal whose
+    handler was set in C is left to it, since Python could not put it back.
+
+    Main thread only (ValueError otherwise). Trap: ranks are told at different steps and must agree on one (all-reduce the flag).
+    """
+
+    def __init__(self, at: float | None = None):
+        self.at, self.reason = at, ""
+        self._before: dict[signal.Signals, Any] = {}
+        self._came: list[int] = []
+
+    def __enter__(self) -> "StopRequest":
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not None:
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.reason = self.reason or signal.Signals(number).name
+        self._came.append(number)
+
+    def __bool__(self) -> bool:
+        if not self.reason and self.at is not None and time.time() >= self.at:
+            self.reason = "the job's time limit"
+        return bool(self.reason)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        for number, handler in self._before.items():
+            if number in self._came and callable(handler):
+                signal.raise_signal(number)
+
+
+def deadline(seconds_before_end: float) -> float | None:
+    """When to stop (seconds since 1970) so as to be that long before the job's time limit; None outside a SLURM job or without a limit.
+
+    From SLURM_JOB_END_TIME. Trap: a limit changed later (`scontrol update TimeLimit`) does not reach the running job.
+    """
+    end = os.environ.get("SLURM_JOB_END_TIME", "")
+    return int(end) - seconds_before_end if end else None
+
+
+def ignore_stop_signals(*_: object) -> None:
+    """For the start of a loader's worker process (a DataLoader's `worker_init_fn`): stop signals of a launcher no longer reach it.
+
+    SLURM sends them to every process of a job, and a worker that dies of one takes the run with it. SIGTERM from the parent still ends the
+    worker: multiprocessing stops its children so, and would wait for ever for one that is deaf to it.
+    """
+    if sys.platform == "darwin":  # no sigwaitinfo, hence no sender; no launcher either
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
+        return
+    parent = os.getppid()
+
+    def watch() -> None:
+        while True:
+            came = signal.sigwaitinfo(STOP_SIGNALS)
+            if came.si_signo == signal.SIGTERM and came.si_pid == parent:
+                os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # threads that start later, the watching one too, have them blocked as well
+    threading.Thread(target=watch, name="stop signals", daemon=True).start()

@@ -1,0 +1,238 @@
+"""A run's folder is one process's alone, says what it ran on, and a request to stop loses no step."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_train import TINY, assert_same_run, complaint, finished, metrics, run  # noqa: F401  (finished is a fixture)
+from torch.utils.data import DataLoader, Dataset
+
+from cossl import train
+from cossl.models import checkpoint, run_folder
+
+# ------------------------------------------------------------------------------------------------- the lock
+
+
+def hold(run_dir: Path, heir: bool) -> tuple[int, int]:
+    """(pid of a process that has the lock, pid of its child or 0)."""
+    read, write = os.pipe()
+    owner = os.fork()
+    if owner == 0:
+        with run_folder.lock(run_dir):
+            child = os.fork() if heir else 0
+            if child or not heir:
+                os.write(write, str(child).encode())
+            signal.pause()
+            os._exit(1)
+    return owner, int(os.read(read, 20))
+
+
+def test_a_second_process_is_refused_with_the_owners_name(tmp_path: Path) -> None:
+    owner, _ = hold(tmp_path / "run", heir=False)
+    try:
+        with (
+            pytest.raises(ValueError, match=rf"run is in use by process {owner} on \S+ since 20\d\d-.*: wait"),
+            run_folder.lock(tmp_path / "run"),
+        ):
+            pass
+    finally:
+        os.kill(owner, signal.SIGKILL)
+        os.waitpid(owner, 0)
+
+
+def test_the_lock_goes_with_its_owner_even_if_a_forked_worker_lives_on(tmp_path: Path) -> None:
+    owner, heir = hold(tmp_path, heir=True)
+    os.kill(owner, signal.SIGKILL)
+    os.waitpid(owner, 0)
+    try:
+        os.kill(heir, 0)
+        for _ in range(2):  # and is free again after the block
+            with run_folder.lock(tmp_path):
+                assert (tmp_path / "lock").read_text().startswith(f"process {os.getpid()} on ")
+    finally:
+        os.kill(heir, signal.SIGKILL)
+
+
+def test_a_folder_with_nothing_but_a_lock_is_free(tmp_path: Path) -> None:
+    with run_folder.lock(tmp_path):
+        assert run_folder.choose(tmp_path, False, "demo") == tmp_path
+    (tmp_path / "config.json").touch()
+    with pytest.raises(ValueError, match="holds something already"):
+        run_folder.choose(tmp_path, False, "demo")
+
+
+# ------------------------------------------------------------------------------------------------- what it ran on
+
+
+def test_starts_are_listed_and_an_equal_diff_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    source = {"commit": "0123456789abcdef", "dirty": True, "diff": "one", "new_files": []}
+    monkeypatch.setattr(run_folder, "_code", lambda root: source)
+    for diff in ("one", "one", "two"):
+        source["diff"] = diff
+        run_folder.record_start(tmp_path)
+    starts = json.loads((tmp_path / "environment.json").read_text())
+    assert [start["code"].get("diff") for start in starts] == ["one", None, "two"]
+    assert starts[0]["slurm"]["SLURM_JOB_ID"] == "17"
+    assert starts[0]["versions"].keys() >= {"python", "torch", "numpy", "numba"}
+    assert starts[0]["command"] == sys.orig_argv
+    assert starts[0]["code"]["version"].endswith("+g0123456789ab.dirty")
+
+
+def test_the_source_is_named_by_commit_and_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b.example"]
+        return subprocess.run(["git", "-C", tmp_path, *who, *arguments], check=True, capture_output=True, text=True).stdout.strip()
+
+    def code(root: Path = tmp_path) -> dict[str, Any]:
+        return run_folder._code.__wrapped__(root)
+
+    git("init", "-q")
+    (tmp_path / "train.py").write_text("a = 1\n")
+    git("add", "train.py")
+    git("commit", "-qm", "first")
+    (tmp_path / "notes.txt").write_text("no code")
+    assert code() == {"commit": git("rev-parse", "HEAD"), "dirty": False, "diff": "", "new_files": []}
+    (tmp_path / "new.py").touch()
+    assert (code()["dirty"], code()["new_files"]) == (True, ["new.py"])
+    (tmp_path / "new.py").unlink()
+    (tmp_path / "train.py").write_text("a = 2\n")
+    assert code()["dirty"]
+    assert "-a = 1\n+a = 2\n" in code()["diff"]
+    monkeypatch.setattr(run_folder, "DIFF_LIMIT", 10)
+    assert code()["diff"].startswith("diff --git\n[cut: the diff has ")
+    (tmp_path / "site").mkdir()
+    assert code(tmp_path / "site")["commit"] is None, "a package inside another's checkout is not of that commit"
+
+
+def test_the_hash_is_of_the_values_that_make_the_run() -> None:
+    one = run_folder.config_hash({"a": 1, "b": (0.5, None), "run_dir": "x"}, ["run_dir"])
+    assert one == run_folder.config_hash({"run_dir": "y", "b": (0.5, None), "a": 1}, ["run_dir"])
+    assert one != run_folder.config_hash({"a": 1, "b": (0.25, None), "run_dir": "x"}, ["run_dir"])
+    assert run_folder.stamp({"a": 1})["config_hash"] == run_folder.config_hash({"a": 1})
+
+
+# ------------------------------------------------------------------------------------------------- when it should stop
+
+
+@pytest.fixture
+def heard() -> Iterator[list[int]]:
+    """The stop signals that handlers of before the block have been called for."""
+    calls: list[int] = []
+    before = {number: signal.signal(number, lambda n, _: calls.append(n)) for number in run_folder.STOP_SIGNALS}
+    yield calls
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", run_folder.STOP_SIGNALS)
+def test_a_signal_is_a_flag_and_reaches_the_handler_of_before_at_the_end(heard: list[int], number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with run_folder.StopRequest() as stop:
+        assert not stop
+        for _ in range(2):
+            signal.raise_signal(number)
+        assert stop
+        assert stop.reason == number.name
+        assert heard == []
+    assert heard == [number]
+    assert signal.getsignal(number) is before
+
+
+def test_default_and_ignored_signals_only_set_the_flag(heard: list[int]) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    with run_folder.StopRequest() as stop:
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGTERM)
+    assert stop.reason == "SIGUSR1"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
+
+
+def test_the_time_limit_of_the_job_is_a_request_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
+    assert run_folder.deadline(60) is None
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1000")
+    assert run_folder.deadline(60) == 940
+    clock = iter([939.0, 940.0])
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    stop = run_folder.StopRequest(run_folder.deadline(60))
+    assert [bool(stop), bool(stop), bool(stop)] == [False, True, True]
+    assert "time limit" in stop.reason
+
+
+class Pids(Dataset):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> int:
+        return os.getpid()
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="no sigwaitinfo")
+def test_a_loader_worker_hears_of_its_parent_only() -> None:
+    loader = DataLoader(Pids(), None, num_workers=1, worker_init_fn=run_folder.ignore_stop_signals, multiprocessing_context="fork")
+    batches = iter(loader)
+    pid = next(batches)
+    subprocess.run(["sh", "-c", "".join(f"kill -{number.name[3:]} {pid};" for number in run_folder.STOP_SIGNALS)], check=True)
+    assert list(batches) == [pid] * 7
+    batches = iter(loader)
+    pid = next(batches)
+    (worker,) = (child for child in multiprocessing.active_children() if child.pid == pid)
+    worker.terminate()
+    worker.join(60)
+    assert worker.exitcode == 0
+
+
+# ------------------------------------------------------------------------------------------------- in a run
+
+
+def test_a_stopped_run_ends_as_one_that_was_not(capfd, finished: Path, pictures: Path, tmp_path: Path) -> None:  # noqa: F811
+    """SIGTERM in mid-run: the step is finished, the code is 85, the folder is locked until then, and --resume comes to the same end."""
+    run_dir = tmp_path / "run"
+    flags = ["demo", "--data", str(pictures), "--run-dir", str(run_dir), "--epochs", "3", "--loader.workers", "0", *TINY]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen([sys.executable, "-m", "cossl.train", *flags, "--checkpoint-every", "1"], env=environment)
+    until = time.monotonic() + 120
+    while not (run_dir / "last.pt").exists():
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    process.send_signal(signal.SIGSTOP)
+    assert f"{run_dir} is in use by process {process.pid}" in complaint(capfd, [*flags, "--resume"])
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(120) == run_folder.REQUEUE_EXIT_CODE
+    said = capfd.readouterr().out
+    state = checkpoint.newest(run_dir)[0]
+    assert f"stopped after step {state['step']} of 15 by SIGTERM" in said
+    assert [r["step"] for r in metrics(run_dir)] == list(range(1, state["step"] + 1))
+    run(pictures, run_dir, "--resume")
+    assert_same_run(finished, run_dir)
+    assert len(json.loads((run_dir / "environment.json").read_text())) == 2
+
+
+def test_a_job_at_its_time_limit_goes_on_in_the_next(finished: Path, pictures: Path, tmp_path: Path, monkeypatch) -> None:  # noqa: F811
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time())))
+    for step, flags in enumerate(([], ["--resume"]), start=1):
+        with pytest.raises(SystemExit) as stop:
+            run(pictures, tmp_path / "run", *flags)
+        assert stop.value.code == run_folder.REQUEUE_EXIT_CODE
+        state, found = checkpoint.newest(tmp_path / "run")
+        assert (state["step"], found) == (step, "last.pt")
+        assert state["config_hash"] == run_folder.config_hash(state["config"], train.RESUME_MAY_CHANGE)
+    monkeypatch.delenv("SLURM_JOB_END_TIME")
+    run(pictures, tmp_path / "run", "--resume")
+    assert_same_run(finished, tmp_path / "run")
