@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cossl.models import checkpoint, probe, run_folder
-from cossl.models.co_ssl import CoByol, LossConfig, ModelConfig
+from cossl.models.co_ssl import CoSsl, LossConfig, ModelConfig
 from cossl.models.optim import OptimConfig, ema_tau, learning_rate, make_optimizer, peak_lr
 from cossl.models.rf_resnet import position_grid
 from cossl.models.run_folder import flatten
@@ -132,7 +132,9 @@ class Config:
 
 def demo() -> Config:
     """CO-BYOL on generated pictures whose class is which parts occur together: about three minutes on 2 CPU cores."""
-    model = ModelConfig("rf_resnet18", receptive_field=29, width=16, mlp_after_pool=0, hidden_dim=512, out_dim=128, output_norm=True)
+    model = ModelConfig(
+        backbone="rf_resnet18", receptive_field=29, width=16, mlp_after_pool=0, hidden_dim=512, out_dim=128, output_norm=True
+    )
     optim = OptimConfig("adamw", base_lr=0.016, weight_decay=0.01, warmup_epochs=0.5, ema_tau=0.98)
     small = Config(epochs=8, batch_size=32, precision="fp32", compile=False, log_every=20, eval_px=72, model=model, optim=optim)
     return replace(small, views=ViewsConfig("symmetric", 32, crop_min=0.4, jitter=0.5))
@@ -243,7 +245,7 @@ Forward = Callable[[list[Tensor], Tensor], dict[str, Tensor]]
 
 
 def step_(
-    model: CoByol, forward: Forward, optimizer: torch.optim.Optimizer, batch: Batch, config: Config, lr: float, tau: float
+    model: CoSsl, forward: Forward, optimizer: torch.optim.Optimizer, batch: Batch, config: Config, lr: float, tau: float
 ) -> dict[str, Tensor]:
     """One optimizer step and one target update; the loss terms stay on the device. `forward` is the model, perhaps compiled.
 
@@ -266,7 +268,7 @@ def step_(
 # ------------------------------------------------------------------------------------------------- the loop
 
 
-def train(config: Config, model: CoByol, loader: Loader, device: torch.device, run_dir: Path) -> float:
+def train(config: Config, model: CoSsl, loader: Loader, device: torch.device, run_dir: Path) -> float:
     """Trains to the end, from the checkpoint if resuming; returns pictures per second."""
     optimizer = make_optimizer(model.online.named_parameters(), config.optim)
     steps_per_epoch, total = len(loader), config.epochs * len(loader)
@@ -353,7 +355,7 @@ class Meter:
 
 
 @torch.no_grad()
-def features(networks: dict[str, CoByol], loader: Loader, device: torch.device, what: str) -> tuple[dict[str, Tensor], Tensor]:
+def features(networks: dict[str, CoSsl], loader: Loader, device: torch.device, what: str) -> tuple[dict[str, Tensor], Tensor]:
     """Each network's global vectors of every picture (eval mode), the 12 x 12 pixels beside them, and the labels."""
     rows: dict[str, list[Tensor]] = {name: [] for name in (*networks, "pixels")}
     labels = []
@@ -366,7 +368,7 @@ def features(networks: dict[str, CoByol], loader: Loader, device: torch.device, 
     return {name: torch.cat(parts) for name, parts in rows.items()}, torch.cat(labels)
 
 
-def evaluate(networks: dict[str, CoByol], train_set: Loader, val_set: Loader, device: torch.device) -> dict[str, dict[str, float]]:
+def evaluate(networks: dict[str, CoSsl], train_set: Loader, val_set: Loader, device: torch.device) -> dict[str, dict[str, float]]:
     """kNN and linear top-1 (percent) of each network's frozen features and of the pixels."""
     train_x, train_y = features(networks, train_set, device, "train")
     val_x, val_y = features(networks, val_set, device, "val")
@@ -387,13 +389,13 @@ def show(results: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------- end to end
 
 
-def build(config: Config, device: torch.device) -> CoByol:
+def build(config: Config, device: torch.device) -> CoSsl:
     """The model as the seed makes it."""
     torch.manual_seed(config.seed)
-    return CoByol(config.model, config.loss).to(device).to(memory_format=torch.channels_last)
+    return CoSsl(config.model, config.loss).to(device).to(memory_format=torch.channels_last)
 
 
-def setup(preset: str, config: Config) -> tuple[Config, Path, torch.device, dict[str, CoByol], PositionSpec, tuple[Loader, Loader, Loader]]:
+def setup(preset: str, config: Config) -> tuple[Config, Path, torch.device, dict[str, CoSsl], PositionSpec, tuple[Loader, Loader, Loader]]:
     """Everything that a wrong flag, path or file can spoil, before anything is trained."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no GPU is visible to torch; use --device cpu, or mend the driver")

@@ -120,10 +120,23 @@ class PositionHead(Head):
         return self.layers(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
+class Prototypes(nn.Module):
+    """Cosines of vectors to `count` learned unit vectors: DINO's last layer (arXiv 2104.14294, appendix C; its gain fixed at 1)."""
+
+    def __init__(self, in_dim: int, count: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(nn.init.trunc_normal_(torch.empty(count, in_dim), std=0.02))
+
+    def vectors(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b p"]:
+        """The cosines; prototypes see vectors alone, so this is their forward."""
+        return F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1))
+
+
 # What stands between the layers: for vectors, and for maps. Batch norms become synchronized ones by torch's own conversion.
 NORMS: dict[str, tuple[Callable[[int], nn.Module], Callable[[int], nn.Module]]] = {
     "batch": (nn.BatchNorm1d, nn.BatchNorm2d),
     "layer": (nn.LayerNorm, partial(LayerNorm2d, eps=1e-5)),
+    "none": (nn.Identity, nn.Identity),
 }
 
 HEADS: dict[str, Callable[..., Head]] = {

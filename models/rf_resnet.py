@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torchvision
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 
@@ -39,11 +40,20 @@ class ResNet(nn.Module):
     def stages(self) -> tuple[nn.Module, ...]:
         return self.layer1, self.layer2, self.layer3, self.layer4
 
-    def forward(self, x: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b c n n"]:
-        y = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+    def channels(self, stage: int) -> int:
+        """Channels of the map after stage 1, 2, 3 or 4: they double from one to the next."""
+        return self.out_channels // 2 ** (4 - stage)
+
+    def maps(self, x: Float[Tensor, "b 3 s s"]) -> list[Tensor]:
+        """The feature map after each of the four stages."""
+        y, maps = self.maxpool(self.relu(self.bn1(self.conv1(x)))), []
         for stage in self.stages:
             y = stage(y)
-        return y
+            maps.append(y)
+        return maps
+
+    def forward(self, x: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b c n n"]:
+        return self.maps(x)[-1]
 
 
 class _Layout(NamedTuple):
@@ -324,8 +334,25 @@ def _through(reach: _Reach, layer: nn.Module) -> _Reach:
     return _Reach(size, reach.jump * s, reach.field + (k - 1) * reach.jump, reach.offset + ((k - 1) / 2 - p) * reach.jump)
 
 
-def position_grid(backbone: ResNet, view_px: int) -> PositionGrid:
-    """The position grid of this backbone for a square view of `view_px` pixels.
+def pool_to(y: Float[Tensor, "b c n n"], side: int) -> Float[Tensor, "b c m m"]:
+    """A map averaged to side x side windows, all of one size and evenly apart, that cover it; smaller maps and side 0 leave it as it is.
+
+    Trap: windows overlap unless side divides n. Adaptive pooling would take windows of several sizes, hence of several receptive fields.
+    """
+    kernel, stride = pooling_window(y.shape[-1], side)
+    return F.avg_pool2d(y, kernel, stride) if kernel > 1 else y
+
+
+def pooling_window(n: int, side: int) -> tuple[int, int]:
+    """Size and stride of the windows that take a map of n x n to side x side."""
+    if side == 0 or side >= n:
+        return 1, 1
+    stride = n // side
+    return n - (side - 1) * stride, stride
+
+
+def position_grid(backbone: ResNet, view_px: int, stage: int = 4, side: int = 0) -> PositionGrid:
+    """The position grid of this backbone for a square view of `view_px` pixels, after `stage` and `pool_to` side x side (0: as it is).
 
     Recurrence of Araujo, Norris, Sim 2019 (doi 10.23915/distill.00021), the maximum over the two paths of every block.
     The receptive field of a position near the border hangs over it: intersect it with the view.
@@ -333,8 +360,8 @@ def position_grid(backbone: ResNet, view_px: int) -> PositionGrid:
     reach = _Reach(view_px, 1, 1, 0.5)
     for layer in (backbone.conv1, backbone.maxpool):
         reach = _through(reach, layer)
-    for stage in backbone.stages:
-        for block in stage.children():
+    for layers in backbone.stages[:stage]:
+        for block in layers.children():
             main = short = reach
             for name in ("conv1", "conv2", "conv3"):
                 main = _through(main, getattr(block, name, nn.Identity()))
@@ -343,4 +370,6 @@ def position_grid(backbone: ResNet, view_px: int) -> PositionGrid:
             # Only paths whose positions share their centres have a union that is the larger of the two boxes.
             assert main._replace(field=0) == short._replace(field=0), (main, short)
             reach = main._replace(field=max(main.field, short.field))
+    kernel, stride = pooling_window(reach.size, side)
+    reach = _through(reach, nn.MaxPool2d(kernel, stride))
     return PositionGrid(reach.size, reach.jump, reach.field, reach.offset, view_px)

@@ -1,99 +1,165 @@
-"""CO-BYOL: its loss against the method written out, its moving average, its switches."""
+"""CO-SSL on every method: its loss against the method written out, its moving average, its switches."""
 
 import copy
 from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cossl.models import co_ssl, optim
-from cossl.models.co_ssl import CoByol, LossConfig, ModelConfig
+from cossl.models.co_ssl import CoSsl, LossConfig, ModelConfig, Network
 from cossl.models.heads import HEADS
+from cossl.models.objectives import OBJECTIVES
 from cossl.models.rf_resnet import BACKBONES
 
-TINY = ModelConfig(backbone="rf_resnet18", receptive_field=29, width=4, mlp_after_pool=2, hidden_dim=24, out_dim=6)
+TINY = ModelConfig(backbone="rf_resnet18", receptive_field=29, width=4, mlp_after_pool=2, hidden_dim=24, out_dim=6, prototypes=10)
 
 
-def make(loss: LossConfig, seed: int = 0, **changes: Any) -> CoByol:
-    """A tiny CO-BYOL in float64 whose target differs from the online network."""
+def make(loss: LossConfig, seed: int = 0, **changes: Any) -> CoSsl:
+    """A tiny model in float64 whose target differs from the online network."""
     torch.manual_seed(seed)
-    model = CoByol(ModelConfig(**(vars(TINY) | changes)), loss).double()
+    model = CoSsl(ModelConfig(**(vars(TINY) | changes)), loss).double()
     for parameter in model.target.parameters():
         parameter.add_(torch.randn_like(parameter), alpha=0.05)
     return model
 
 
-def batch(seed: int = 1) -> tuple[list[Tensor], Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    views = [torch.randn(4, 3, 16, 16, dtype=torch.float64, generator=generator) for _ in range(2)]
-    return views, torch.tensor([[[0, 3], [1, 1]], [[2, -1], [3, 2]], [[-1, -1], [0, 2]], [[1, 2], [-1, 0]]])
+def batch(small_views: int = 0) -> tuple[list[Tensor], Tensor]:
+    """Four pictures in two views of 16 px (maps of 2 x 2) and small ones of 8 px (1 x 1), with two slots for positions."""
+    generator = torch.Generator().manual_seed(1)
+    views = [torch.randn(4, 3, size, size, dtype=torch.float64, generator=generator) for size in [16, 16] + [8] * small_views]
+    positions = torch.tensor([[[0, 3], [1, 1]], [[2, -1], [3, 2]], [[-1, -1], [0, 2]], [[1, 2], [-1, 0]]])
+    small = torch.tensor([[[0, -1]], [[0, -1]], [[-1, -1]], [[0, -1]]]).expand(-1, small_views, -1)
+    return views, torch.cat([positions, small], 1)
 
 
-def distance(p: Tensor, z: Tensor) -> Tensor:
-    return 2 - 2 * (p * z).sum(-1) / (p.norm(dim=-1) * z.norm(dim=-1))
+def sharpened(z: Tensor, temperature: float) -> Tensor:
+    return (z / temperature).exp() / (z / temperature).exp().sum(-1, keepdim=True)
 
 
-def reference(model: CoByol, views: list[Tensor], positions: Tensor) -> dict[str, Tensor]:
-    """The method of the docstring, position by position; all networks in train mode, sums over both views."""
-    online, target, config = model.online, model.target, model.loss
-    g, q, g2, q2 = online.projector, online.predictor, online.local_projector, online.local_predictor
-    terms = {"global": torch.zeros(()), "local_to_global": torch.zeros(()), "global_to_local": torch.zeros(())}
-    assert q is not None
-    assert g2 is not None
-    assert q2 is not None
-    assert target.local_projector is not None
-    for v, w in ((0, 1), (1, 0)):
-        y, y_target = online.backbone(views[v]), target.backbone(views[w]).detach()
-        pooled, pooled_target = online.after_pool(y.mean((2, 3))), target.after_pool(y_target.mean((2, 3))).detach()
-        z = target.projector.vectors(pooled_target).detach()
-        terms["global"] = terms["global"] + distance(q.vectors(g.vectors(pooled)), z).mean()
-        if config.local_views == "same":
-            w = v
-            y_target = target.backbone(views[v]).detach()
-            pooled_target = target.after_pool(y_target.mean((2, 3))).detach()
-            z = target.projector.vectors(pooled_target).detach()
-        goal = z if config.local_target == "global_head" else target.local_projector.vectors(pooled_target).detach()
-        p_local = q2.vectors(g2(y, positions[:, v]))
-        p_pooled = q2.vectors(g2.vectors(pooled))
-        z_local = target.local_projector(y_target, positions[:, w]).detach()
+def distance(method: str, p: Tensor, goals: Tensor, i: int) -> Tensor:
+    """Of the prediction p [d] from goal i of [b d]; DINO's centres are zero in the first step."""
+    if method == "dino":
+        return -(sharpened(goals[i], 0.04) * sharpened(p, 0.1).log()).sum()
+    cosines = (goals * p).sum(-1) / (p.norm() * goals.norm(dim=-1))
+    if method == "byol":
+        return 2 - 2 * cosines[i]
+    return 2 * 0.5 * ((cosines / 0.5).exp().sum().log() - cosines[i] / 0.5)  # InfoNCE at temperature 0.5
+
+
+def outputs(network: Network, x: Tensor, view: int, local: bool) -> Tensor:
+    predictors = network.local_predictors if local else network.predictors
+    return predictors[min(view // 2, len(predictors) - 1)].vectors(x) if predictors else x
+
+
+def reference(model: CoSsl, method: str, views: list[Tensor], positions: Tensor) -> dict[str, Tensor]:
+    """The method of the docstring, pair by pair, picture by picture, position by position; all networks in train mode."""
+    online, target, config, b = model.online, model.target, model.loss, len(views[0])
+    scale = 1 if method == "dino" else 2
+    g2, g2_target = online.local_projector, target.local_projector
+    terms: dict[str, list[Tensor]] = {"global": [], "local_to_global": [], "global_to_local": []}
+    for v, w in [(v, w) for v in range(len(views)) for w in (0, 1)]:
+        maps, maps_target = online.backbone.maps(views[v]), [y.detach() for y in target.backbone.maps(views[w])]
+        pooled, pooled_target = online.pool(maps[-1]), target.pool(maps_target[-1]).detach()
+        z, z_target = online.projector.vectors(pooled), target.projector.vectors(pooled_target).detach()
+        goals = outputs(target, z_target, w, local=False).detach()
+        if v != w:
+            p = outputs(online, z, v, local=False)
+            terms["global"].append(torch.stack([distance(method, p[i], goals, i) for i in range(b)]).mean())
+        if (v == w) != (config.local_views == "same") or (v > 1 and not config.small_views):
+            continue
+        y, y_target = (F.avg_pool2d(m[online.stage - 1], 2, 1) if online.grid else m[online.stage - 1] for m in (maps, maps_target))
+        if config.local_target == "local_head":
+            goals = outputs(target, g2_target.vectors(pooled_target), w, local=True).detach()
+        own, other = (positions[:, view, : m.shape[-1] ** 2] for view, m in ((v, y), (w, y_target)))
+        p_local = outputs(online, g2(y, own), v, local=True)
+        p_pooled = outputs(online, g2.vectors(pooled) if online.stage == 4 else z, v, local=True)
+        goals_local = outputs(target, g2_target(y_target, other), w, local=True).detach()
         to_global, to_local = [], []
-        for i in range(len(positions)):
-            own = [k for k, at in enumerate(positions[i, v].tolist()) if at >= 0]
-            other = [k for k, at in enumerate(positions[i, w].tolist()) if at >= 0]
-            if own:
-                to_global.append(distance(p_local[i, own], goal[i]).mean())
-            if other:
-                to_local.append(distance(p_pooled[i], z_local[i, other]).mean())
-        terms["local_to_global"] = terms["local_to_global"] + torch.stack(to_global).mean()
-        terms["global_to_local"] = terms["global_to_local"] + torch.stack(to_local).mean()
+        for i in range(b):
+            mine = [distance(method, p_local[i, k], goals, i) for k in range(own.shape[1]) if own[i, k] >= 0]
+            to_global += [torch.stack(mine).mean()] if mine else []
+            slots = [k for k in range(other.shape[1]) if other[i, k] >= 0]
+            among = {k: [j for j in range(b) if other[j, k] >= 0] for k in slots}  # the keys of slot k
+            theirs = [distance(method, p_pooled[i], goals_local[among[k], k], among[k].index(i)) for k in slots]
+            to_local += [torch.stack(theirs).mean()] if theirs else []
+        terms["local_to_global"].append(torch.stack(to_global).mean())
+        terms["global_to_local"].append(torch.stack(to_local).mean())
+    ours = {name: scale * sum(pairs) / len(pairs) for name, pairs in terms.items()}
     a, weight = config.local_to_global, config.local_weight
-    local = 2 * (a * terms["local_to_global"] + (1 - a) * terms["global_to_local"])
-    terms["loss"] = (1 - weight) * terms["global"] + weight * local if config.combine == "convex" else terms["global"] + weight * local
-    return terms
+    local = 2 * (a * ours["local_to_global"] + (1 - a) * ours["global_to_local"])
+    ours["loss"] = (1 - weight) * ours["global"] + weight * local if config.combine == "convex" else ours["global"] + weight * local
+    return ours
 
 
-@pytest.mark.parametrize(
-    ("loss", "changes"),
-    [
-        (LossConfig(), {}),
-        (LossConfig(local_target="local_head", local_to_global=0.2), {"local_head": "mlp2"}),
-        (LossConfig(combine="additive", local_weight=0.5, local_to_global=0.8), {"mlp_after_pool": 0}),
-        (LossConfig(local_target="local_head"), {"shared_heads": True, "mlp_after_pool": 1}),
-        (LossConfig(local_views="same", local_to_global=0.2), {"local_head": "mlp3", "head_norm": "layer"}),
-        (LossConfig(local_views="same", local_target="local_head"), {"local_head": "conv1x1_deep"}),
-    ],
-)
-def test_loss_and_gradients_equal_the_method(loss: LossConfig, changes: dict[str, Any]) -> None:
-    model = make(loss, **changes)
-    views, positions = batch()
-    parameters = list(model.online.parameters())
-    expected = reference(copy.deepcopy(model), views, positions)
-    ours = model(views, positions)
-    assert {k: v.item() for k, v in ours.items() if k != "std"} == pytest.approx({k: v.item() for k, v in expected.items()})
+CASES: list[tuple[str, int, dict[str, Any], dict[str, Any]]] = [  # method, small views, loss, model
+    ("byol", 0, {}, {}),
+    ("byol", 0, {"local_target": "local_head", "local_to_global": 0.2}, {"local_head": "mlp2"}),
+    ("byol", 0, {"combine": "additive", "local_weight": 0.5, "local_to_global": 0.8}, {"mlp_after_pool": 0}),
+    ("byol", 0, {"local_target": "local_head"}, {"shared_heads": True, "mlp_after_pool": 1}),
+    ("byol", 0, {"local_views": "same", "local_to_global": 0.2}, {"local_head": "mlp3", "head_norm": "layer"}),
+    ("byol", 0, {"local_views": "same", "local_target": "local_head"}, {"local_head": "conv1x1_deep"}),
+    ("byol", 0, {}, {"local_stage": 3, "local_grid": 3}),
+    ("byol", 2, {}, {"predictors": "per_size"}),
+    ("byol", 1, {"small_views": False}, {}),
+    ("dino", 0, {}, {"head_norm": "none"}),
+    ("dino", 2, {"local_target": "local_head", "local_to_global": 0.2}, {"head_norm": "none"}),
+    ("mocov3", 0, {"temperature": 0.5}, {"output_norm": True}),
+    ("mocov3", 1, {"temperature": 0.5, "local_target": "local_head", "local_to_global": 0.8}, {"predictors": "per_size"}),
+]
+
+
+@pytest.mark.parametrize(("method", "small_views", "loss", "changes"), CASES)
+def test_loss_and_gradients_equal_the_method(method: str, small_views: int, loss: dict[str, Any], changes: dict[str, Any]) -> None:
+    model = make(LossConfig(**loss), method=method, **changes)
+    views, positions = batch(small_views=small_views)
     twin = copy.deepcopy(model)
-    gradients = torch.autograd.grad(reference(twin, views, positions)["loss"], list(twin.online.parameters()))
-    torch.testing.assert_close(torch.autograd.grad(ours["loss"], parameters), gradients)
+    expected, ours = reference(twin, method, views, positions), model(views, positions)
+    assert {name: ours[name].item() for name in expected} == pytest.approx({name: term.item() for name, term in expected.items()})
+    gradients = torch.autograd.grad(expected["loss"], list(twin.online.parameters()))
+    torch.testing.assert_close(torch.autograd.grad(ours["loss"], list(model.online.parameters())), gradients)
+
+
+@pytest.mark.parametrize("method", OBJECTIVES)
+def test_swapping_the_views_changes_nothing(method: str) -> None:
+    model = make(LossConfig(), method=method)
+    views, positions = batch()
+    ours, swapped = copy.deepcopy(model)(views, positions), model(views[::-1], positions.flip(1))
+    torch.testing.assert_close(ours, swapped)
+
+
+@pytest.mark.parametrize("method", OBJECTIVES)
+def test_joint_views_are_the_same_function_where_norms_do_not_follow_the_batch(method: str) -> None:
+    views, positions = batch(small_views=2)
+    one_by_one, joint = (make(LossConfig(), method=method, joint_views=joint).eval() for joint in (False, True))
+    torch.testing.assert_close(one_by_one(views, positions), joint(views, positions))
+    joint.train()(views, positions)
+    assert (joint.online.backbone.bn1.num_batches_tracked, joint.target.backbone.bn1.num_batches_tracked) == (2, 1)
+
+
+def test_dinos_centres_follow_each_kind_of_output() -> None:
+    """Each by its own valid outputs alone: after one step from 0 the centre is 0.1 times their mean."""
+    model = make(LossConfig(local_target="local_head"), method="dino", head_norm="none")
+    views, positions = batch()
+    seen = [model.target.pool(model.target.backbone(x)) for x in views]
+    maps = [model.target.backbone(x) for x in views]
+    prototypes, local = model.target.predictors[0], model.target.local_predictors[0]
+    of_global = torch.cat([prototypes.vectors(model.target.projector.vectors(Y)) for Y in seen])
+    of_pooled = torch.cat([local.vectors(model.target.local_projector.vectors(Y)) for Y in seen])
+    at = [positions[:, v] for v in (0, 1)]
+    of_local = torch.cat([local.vectors(model.target.local_projector(maps[v], at[v]))[at[v] >= 0] for v in (0, 1)])
+    model(views, positions)
+    means = torch.stack([each.mean(0) for each in (of_global, of_local, of_pooled)])
+    torch.testing.assert_close(model.objective.centre, 0.1 * means)
+    before = model.objective.centre.clone()
+    first = model(views, positions)["global"]
+    model.objective.centre[0] += 1  # the same for all prototypes: a softmax does not see it
+    torch.testing.assert_close(model.objective.centre[0], 0.9 * before[0] + 0.1 * means[0] + 1)
+    model.objective.centre.copy_(before)
+    model.objective.centre[0, 0] += 1
+    assert model(views, positions)["global"].item() != pytest.approx(first.item())
 
 
 def test_terms_are_summed_over_views_not_averaged() -> None:
@@ -101,9 +167,11 @@ def test_terms_are_summed_over_views_not_averaged() -> None:
     model = make(LossConfig())
     views, positions = batch()
     views, positions = [views[0], views[0]], positions[:, :1].expand(-1, 2, -1)
-    one = model.online.predictor.vectors(model.online.projector.vectors(model.represent(views[0])))
+    one = model.online.predictors[0].vectors(model.online.projector.vectors(model.represent(views[0])))
     z = model.target.projector.vectors(model.target.pool(model.target.backbone(views[0])))
-    assert model(views, positions)["global"].item() == pytest.approx(2 * distance(one, z).mean().item())
+    assert model(views, positions)["global"].item() == pytest.approx(
+        2 * torch.stack([distance("byol", one[i], z, i) for i in range(4)]).mean().item()
+    )
 
 
 def test_plain_byol_has_no_local_heads_and_ignores_positions() -> None:
@@ -112,7 +180,7 @@ def test_plain_byol_has_no_local_heads_and_ignores_positions() -> None:
     assert not [name for name, _ in model.named_parameters() if "local" in name]
     views, positions = batch()
     terms = model(views, positions)
-    assert set(terms) == {"loss", "global", "std"}
+    assert set(terms) == {"loss", "global", "std", "rank"}
     assert terms["loss"].item() == terms["global"].item()
 
 
@@ -127,7 +195,7 @@ def test_a_direction_with_share_zero_is_not_computed(share: float, absent: str) 
     terms = model(views, positions)
     assert absent not in terms
     assert calls == (["online"] * 2 if share else ["target", "target", "online", "online"])
-    expected = reference(make(LossConfig(local_to_global=share)), views, positions)
+    expected = reference(make(LossConfig(local_to_global=share)), "byol", views, positions)
     assert terms["loss"].item() == pytest.approx(expected["loss"].item())
 
 
@@ -147,21 +215,20 @@ def test_output_norm_is_on_projectors_alone(shared_heads: bool) -> None:
             for projector in (network.projector, network.local_projector):
                 assert projector is not None
                 assert hasattr(projector.layers[-1], "running_mean") == output_norm
-        for predictor in (model.online.predictor, model.online.local_predictor):
-            assert predictor is not None
-            assert not hasattr(predictor.layers[-1], "running_mean")
+        for predictors in (model.online.predictors, model.online.local_predictors):
+            assert not hasattr(predictors[0].layers[-1], "running_mean")
 
 
 def test_shared_heads_are_one_module_in_both_networks() -> None:
     model = make(LossConfig(), shared_heads=True)
     assert model.online.local_projector is model.online.projector
-    assert model.online.local_predictor is model.online.predictor
+    assert model.online.local_predictors is model.online.predictors
     assert model.target.local_projector is model.target.projector
     assert model.target.projector is not model.online.projector
 
 
 def test_target_starts_as_the_online_network_without_predictors() -> None:
-    model = CoByol(TINY, LossConfig())
+    model = CoSsl(TINY, LossConfig())
     online = model.online.state_dict()
     target = model.target.state_dict()
     assert {name for name in online if "predictor" not in name} == set(target)
@@ -206,7 +273,7 @@ def test_represent_is_the_pooled_vector_of_the_online_network() -> None:
 
 def test_a_few_steps_lower_the_loss() -> None:
     torch.manual_seed(0)
-    model = CoByol(TINY, LossConfig())
+    model = CoSsl(TINY, LossConfig())
     optimizer = optim.make_optimizer(model.online.named_parameters(), optim.OptimConfig(optimizer="adamw", base_lr=3e-3))
     x = torch.randn(16, 3, 16, 16)
     views, positions = [x, x + 0.1 * torch.randn_like(x)], torch.arange(4).expand(16, 2, 4)
@@ -221,15 +288,33 @@ def test_a_few_steps_lower_the_loss() -> None:
     assert history[-1] < 0.8 * history[0]
 
 
-def test_forward_compiles_to_one_graph() -> None:
-    model = make(LossConfig(local_target="local_head"))
-    for network in (model.online, model.target):  # one block per stage: tracing is what takes the time
-        backbone = network.backbone
-        backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4 = (stage[:1] for stage in backbone.stages)
-    views, positions = batch()
-    compiled = torch.compile(copy.deepcopy(model), backend="eager", fullgraph=True)
-    expected, ours = model(views, positions), compiled(views, positions)
-    torch.testing.assert_close(ours, expected)
+COMPILED = [("byol", head, 0, True) for head in HEADS] + [
+    ("byol", "conv1x1", 1, False),
+    ("dino", "mlp2", 1, True),
+    ("mocov3", "mlp2", 0, True),
+]
+
+
+@pytest.mark.parametrize(("method", "head", "small_views", "short"), COMPILED)
+def test_forward_and_loss_compile_to_one_graph_once(method: str, head: str, small_views: int, short: bool) -> None:
+    torch._dynamo.reset()
+    model = make(LossConfig(local_target="local_head"), method=method, local_head=head)
+    for backbone in (model.online.backbone, model.target.backbone):  # tracing blocks is what takes the time
+        for stage in (1, 2, 3, 4):
+            small = nn.Conv2d(backbone.channels(max(1, stage - 1)), backbone.channels(stage), 1, 1 if stage == 1 else 2).double()
+            setattr(backbone, f"layer{stage}", small if short else getattr(backbone, f"layer{stage}")[:1])
+    views, positions = batch(small_views)
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(twin, backend="eager" if short else "aot_eager", fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            expected, ours = model(views, positions), compiled(views, positions)
+            torch.testing.assert_close(ours, expected)
+            for each, terms in ((model, expected), (twin, ours)):
+                terms["loss"].backward()
+                each.update_target_(0.9)
+        gradients = [[p.grad for p in each.online.parameters()] for each in (model, twin)]
+        torch.testing.assert_close(*gradients)
 
 
 def test_choices_are_the_dicts() -> None:

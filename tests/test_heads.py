@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cossl.models.co_ssl import CoByol, LossConfig, ModelConfig
+from cossl.models.co_ssl import CoSsl, LossConfig, ModelConfig
 from cossl.models.heads import HEADS, NORMS, MapHead, PositionHead, gather_positions, mlp, predictor_kind, transfer_state
 
 WHOLE_MAP = {"conv1x1": True, "conv1x1_deep": True, "conv3x3": True, "mlp2": False, "mlp3": False, "linear": False}
@@ -141,14 +141,22 @@ def test_maps_stay_channels_last(name: str, norm: str) -> None:
 def test_every_parameter_of_every_variant_learns(name: str, norm: str, shared_heads: bool) -> None:
     torch.manual_seed(0)
     config = ModelConfig(
-        "rf_resnet18", 29, 8, mlp_after_pool=0, hidden_dim=16, out_dim=8, local_head=name, head_norm=norm, shared_heads=shared_heads
+        backbone="rf_resnet18",
+        receptive_field=29,
+        width=8,
+        mlp_after_pool=0,
+        hidden_dim=16,
+        out_dim=8,
+        local_head=name,
+        head_norm=norm,
+        shared_heads=shared_heads,
     )
-    model = CoByol(config, LossConfig())
+    model = CoSsl(config, LossConfig())
     positions = torch.tensor([[[0, 5, 9]] * 2] * 4)
     terms = model([torch.randn(4, 3, 32, 32) for _ in range(2)], positions)
     terms["loss"].backward()
     assert torch.isfinite(terms["loss"])
-    for part in (model.online.local_projector, model.online.local_predictor, model.online.projector, model.online.predictor):
+    for part in (model.online.local_projector, model.online.local_predictors, model.online.projector, model.online.predictors):
         for parameter_name, parameter in part.named_parameters():
             assert parameter.grad is not None, parameter_name
             assert parameter.grad.abs().sum() > 0, parameter_name

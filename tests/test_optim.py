@@ -57,7 +57,7 @@ def test_biases_and_norms_are_left_alone_by_name(name: str) -> None:
     assert all(n.endswith(".bias") or n.endswith(".weight") for n in named)
     is_norm = {n for n in named if "bn" in n or "downsample.1" in n or "layers.1." in n or n.startswith("after_pool.1")}
     assert left_alone == is_norm | {n for n in named if n.endswith(".bias")}
-    for example in ("backbone.layer2.0.downsample.1.weight", "local_predictor.layers.1.weight", "projector.layers.0.bias"):
+    for example in ("backbone.layer2.0.downsample.1.weight", "local_predictors.0.layers.1.weight", "projector.layers.0.bias"):
         assert example in left_alone
     assert (weights["weight_decay"], excluded["weight_decay"]) == (0.5, 0.0)
     if name == "lars":

@@ -86,7 +86,7 @@ def test_a_run_leaves_its_record(finished: Path) -> None:
 def test_training_moves_the_weights_and_the_untrained_row_does_not(finished: Path) -> None:
     state = checkpoint.load(finished / "last.pt")
     torch.manual_seed(0)
-    initial = train.CoByol(train.parse(["demo", *TINY])[1].model, train.LossConfig()).state_dict()
+    initial = train.CoSsl(train.parse(["demo", *TINY])[1].model, train.LossConfig()).state_dict()
     moved = [k for k in initial if "weight" in k and k.startswith("online") and not torch.equal(initial[k], state["model"][k])]
     assert len(moved) > 20
 

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from cossl.models.co_ssl import CoByol
+from cossl.models.co_ssl import CoSsl
 from cossl.models.optim import make_optimizer
 from cossl.models.rf_resnet import position_grid
 from cossl.pipelines import choose_backend, find_split, make_loader
@@ -187,7 +187,7 @@ def augmenting(batch: Batch, device: torch.device) -> tuple[Stage, float]:
     return Stage("augment", len(batch.index) / seconds, seen, knob), seconds
 
 
-def stepping(config: Config, model: CoByol, batch: Batch, device: torch.device, augment_s: float) -> Stage:
+def stepping(config: Config, model: CoSsl, batch: Batch, device: torch.device, augment_s: float) -> Stage:
     """Forward, backward and optimizer of the preset, without its augmentation and without torch.compile."""
     optimizer = make_optimizer(model.online.named_parameters(), config.optim)
     seconds = _seconds(lambda: step_(model, model, optimizer, batch, config, 1e-4, 0.99), device)
