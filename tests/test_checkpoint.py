@@ -1,8 +1,16 @@
-"""A checkpoint is whole or absent, and is read without running code."""
+"""A checkpoint is whole or absent, is read without running code, and the one before is there when the last is damaged."""
 
+import itertools
 import os
 import pickle
+import random
 import re
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -148,3 +156,175 @@ def test_foreign_and_missing_files_are_named(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message) as caught:
             checkpoint.load(tmp_path / name)
         assert str(tmp_path / name) in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------- the last two, and some for good
+
+
+def at(step: int) -> dict[str, Any]:
+    return {"step": step, "w": torch.full((3000,), float(step))}
+
+
+def newest_step(run_dir: Path) -> int:
+    state = checkpoint.newest(run_dir)[0]
+    assert torch.equal(state["w"], at(state["step"])["w"])
+    return state["step"]
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Exit code of a forked child that does it: 0 where it comes to the end, minus the signal that ended it."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_the_last_two_are_kept_and_those_that_were_asked_for(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        checkpoint.save(tmp_path, at(step), keep=step if step % 2 == 0 else None)
+    steps = {path.name: checkpoint.load(path)["step"] for path in tmp_path.iterdir()}
+    assert steps == {"last.pt": 5, "previous.pt": 4, "epoch-0002.pt": 2, "epoch-0004.pt": 4}
+    assert checkpoint.newest(tmp_path)[1] == "last.pt"
+
+
+def test_a_damaged_last_gives_way_to_the_one_before_and_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"last.pt does not exist: there is nothing to resume"):
+        checkpoint.newest(tmp_path)
+    for step in (1, 2):
+        checkpoint.save(tmp_path, at(step))
+    damage(tmp_path / "last.pt")
+    state, found = checkpoint.newest(tmp_path)
+    assert state["step"] == 1
+    assert re.fullmatch(r"previous.pt, as last.pt is no whole checkpoint of this program \(.*\)", found)
+    damage(tmp_path / "previous.pt")
+    with pytest.raises(
+        ValueError, match=r"no checkpoint that can be read: last.pt is no .*, previous.pt is no .*start a new run"
+    ) as caught:
+        checkpoint.newest(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_flipped_bit_changes_what_is_read(tmp_path: Path) -> None:
+    """Anywhere in the file, zip headers included: found, or without effect."""
+    path, rng = tmp_path / "last.pt", random.Random(0)
+    checkpoint.write(path, at(3))
+    whole, found = path.read_bytes(), 0
+    ends = [*range(300), *range(len(whole) - 700, len(whole))]
+    for position in [*rng.sample(ends, 150), *rng.choices(range(len(whole)), k=100)]:
+        content = bytearray(whole)
+        content[position] ^= 1 << rng.randrange(8)
+        path.write_bytes(content)
+        try:
+            assert newest_step(tmp_path) == 3
+        except ValueError:
+            found += 1
+    assert found > 100
+
+
+def kill_at_call(number: int) -> None:
+    """From here on this process dies instead of its call `number`, from 0, of those that touch the folder."""
+    calls = itertools.count()
+
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            if next(calls) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments, **options)
+
+        return wrapped
+
+    for name in ("open", "fsync", "replace", "close"):
+        setattr(os, name, counted(getattr(os, name)))
+
+
+@pytest.mark.parametrize("last_is_whole", [True, False])
+def test_a_kill_before_any_system_call_leaves_a_whole_checkpoint(tmp_path: Path, last_is_whole: bool) -> None:
+    start, steps, code = tmp_path / "start", [], -1
+    start.mkdir()
+    for step in (1, 2):
+        checkpoint.save(start, at(step))
+    if not last_is_whole:
+        damage(start / "last.pt")
+    while code:
+        run_dir = shutil.copytree(start, tmp_path / str(len(steps)))
+        code = in_child(lambda: (kill_at_call(len(steps)), checkpoint.save(run_dir, at(3))))  # noqa: B023
+        steps.append(newest_step(run_dir))
+        checkpoint.save(run_dir, at(4))
+        assert newest_step(run_dir) == 4
+        assert sorted(os.listdir(run_dir)) == ["last.pt", "previous.pt"]
+    assert steps == sorted(steps)
+    assert set(steps) == {newest_step(start), 3}
+    assert len(steps) > 10
+
+
+def test_kills_at_random_moments_lose_no_save_that_returned(tmp_path: Path) -> None:
+    rng, read, write = random.Random(0), *os.pipe()
+    checkpoint.save(tmp_path, at(0))
+    returned = 0
+    for _ in range(20):
+        child = os.fork()
+        if child == 0:
+            for step in itertools.count(newest_step(tmp_path) + 1):
+                checkpoint.save(tmp_path, at(step), keep=step % 3)
+                os.write(write, step.to_bytes(4, "little"))
+        returned = int.from_bytes(os.read(read, 4000)[-4:], "little")
+        time.sleep(rng.uniform(0, 0.01))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.write(write, returned.to_bytes(4, "little"))
+        returned = max(returned, int.from_bytes(os.read(read, 4000)[-4:], "little"))
+        assert newest_step(tmp_path) >= returned
+    assert returned >= 20
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """An empty folder on a disk of 256 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a disk can be mounted by root only")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def assert_full(run_dir: Path) -> None:
+    with pytest.raises(OSError, match=r"next.pt could not be written .*untouched: free some space"):
+        checkpoint.save(run_dir, {"step": 3, "w": torch.zeros(100_000)})
+
+
+def test_a_full_disk_keeps_both_checkpoints(small_disk: Path) -> None:
+    for step in (1, 2):
+        checkpoint.save(small_disk, at(step))
+    assert_full(small_disk)
+    assert {path.name: checkpoint.load(path)["step"] for path in small_disk.iterdir()} == {"last.pt": 2, "previous.pt": 1}
+    checkpoint.save(small_disk, at(3))
+    assert newest_step(small_disk) == 3
+
+
+def test_a_file_size_limit_keeps_the_checkpoint(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, at(1))
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    assert in_child(lambda: (resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1])), assert_full(tmp_path))) == 0
+    assert newest_step(tmp_path) == 1
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_another_config_is_refused_with_every_key_that_differs() -> None:
+    state = {"config": {"a": 1, "loss.local_weight": 0.3, "gone": 2, "data": "x"}}
+    checkpoint.require_config(state, {"a": 1, "loss.local_weight": 0.3, "gone": 2, "data": "y"}, ["data"], "last.pt")
+    with pytest.raises(ValueError, match=r"last.pt is of another config") as caught:
+        checkpoint.require_config(state, {"a": 1, "loss.local_weight": 0.5, "new": None, "data": "y"}, ["data"], "last.pt")
+    assert "--loss.local-weight 0.3 (now 0.5), --gone 2 (now absent), --new absent (now None): resume" in str(caught.value)
