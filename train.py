@@ -453,6 +453,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         except KeyboardInterrupt:
             print(f"stopped; go on with: cossl train {preset} <the same flags> --resume --run-dir {ready[1]}", file=sys.stderr)
             raise SystemExit(130) from None
+        except OSError as error:  # a full disk: the checkpoint before is whole
+            print(f"cossl train: {error}; then go on with --resume --run-dir {ready[1]}", file=sys.stderr)
+            raise SystemExit(1) from None
     say(str(ready[1]))
 
 

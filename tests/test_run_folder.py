@@ -236,3 +236,30 @@ def test_a_job_at_its_time_limit_goes_on_in_the_next(finished: Path, pictures: P
     monkeypatch.delenv("SLURM_JOB_END_TIME")
     run(pictures, tmp_path / "run", "--resume")
     assert_same_run(finished, tmp_path / "run")
+
+
+def test_a_full_disk_stops_the_run_in_one_line_with_the_checkpoint_before(
+    capsys,
+    finished: Path,  # noqa: F811
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch,
+) -> None:
+    run_dir, torch_save, left = tmp_path / "run", torch.save, iter([True, True, False])
+
+    def save(state: Any, file: Any) -> None:
+        torch_save(state, file)
+        if not next(left):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(SystemExit) as stop:
+        run(pictures, run_dir, "--checkpoint-every", "3")
+    monkeypatch.undo()
+    assert stop.value.code == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("cossl train: ")
+    assert "No space left" in said
+    assert checkpoint.newest(run_dir)[0]["step"] == 6
+    run(pictures, run_dir, "--resume")
+    assert_same_run(finished, run_dir)
