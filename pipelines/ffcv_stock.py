@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,27 @@ class FfcvMissing(ImportError):
     """ffcv cannot be imported; the message holds the line that installs it."""
 
 
+class _ReadOnly:
+    """A scalar type of numba's, subscripted as such: gives the array type, read-only."""
+
+    def __init__(self, kind: Any) -> None:
+        self.kind = kind
+
+    def __getitem__(self, axes: slice) -> Any:
+        return self.kind[axes].copy(readonly=True)
+
+
 def require_ffcv() -> Any:
     """The ffcv module. Raises FfcvMissing with the one line that installs it.
 
     Importing ffcv sets torch to one thread for the whole process; the count is put back here. ffcv also keeps two names in a numba typed
     Dict that only plain Python reads; compiling that dict is most of the import (4.5 of 6 s of CPU), so it gets an ordinary one instead.
+
+    Trap that this avoids: ffcv's page cache assigns `mutable = False` to `uint8[::1]`, of which numba has a single instance, and so
+    changes the hash of every signature already compiled with it: the next compilation in the process ends in a KeyError. Here ffcv
+    gets the read-only type, which is an instance of its own.
     """
+    import numba
     import numba.typed
 
     threads, typed_dict = torch.get_num_threads(), numba.typed.Dict
@@ -34,6 +50,7 @@ def require_ffcv() -> Any:
             warnings.simplefilter("ignore", SyntaxWarning)
             numba.typed.Dict = dict
             import ffcv
+        ffcv.memory_managers.os_cache.nb = SimpleNamespace(uint8=_ReadOnly(numba.uint8), uint64=numba.uint64, types=numba.types)
     except ImportError as error:
         raise FfcvMissing(f"ffcv is not installed ({error}); install it with: {INSTALL_FFCV}") from error
     finally:

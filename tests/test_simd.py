@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 
 from cossl.pipelines import simd
+from cossl.pipelines.beton import Beton
+from cossl.pipelines.ffcv_stock import require_ffcv
 from cossl.pipelines.simd import address, compiled, kernel
 
 
@@ -70,3 +73,19 @@ def test_leaving_in_the_middle_of_an_epoch_ends_the_process_cleanly(betons: Path
     )
     done = subprocess.run([sys.executable, "-c", code, str(betons / "train.beton")], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_stock_ffcv_reads_pages_and_leaves_numbas_types_as_they_were(betons: Path) -> None:
+    """All code of a process shares one instance of each type: a changed one is not found again among the signatures compiled with it."""
+    pytest.importorskip("ffcv")
+    require_ffcv()
+    from ffcv.memory_managers import OSCacheManager
+    from ffcv.reader import Reader
+
+    kind, beton = numba.uint8[::1], Beton(betons / "train.beton")
+    manager = OSCacheManager(Reader(str(betons / "train.beton")))
+    read = manager.compile_reader()
+    assert kind.mutable
+    assert kind is numba.typeof(np.empty(1, np.uint8))
+    with manager.schedule_epoch(None) as context:
+        assert read(np.uint64(beton.starts[0]), context.state).tobytes() == beton.payload(0).tobytes()
