@@ -26,62 +26,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cossl.models import checkpoint, probe, run_folder
-from cossl.models.co_ssl import CoSsl, LossConfig, ModelConfig
+from cossl.models.co_ssl import TARGET_VIEWS, CoSsl, LossConfig, ModelConfig, has_collapsed
 from cossl.models.optim import OptimConfig, ema_tau, learning_rate, make_optimizer, peak_lr
-from cossl.models.rf_resnet import position_grid
 from cossl.models.run_folder import flatten
 from cossl.models.run_folder import replace_text as replace_text
-from cossl.pipelines import Backend, choose_backend, find_split, make_loader
-from cossl.pipelines import views as view_recipes
+from cossl.pipelines import LoaderConfig, choose_backend, find_split, make_loader
 from cossl.pipelines.augment import augment, normalize
-from cossl.pipelines.batch import Batch, Loader, LoaderSpec, Order, to_device
+from cossl.pipelines.batch import Batch, Loader, LoaderSpec, to_device
 from cossl.pipelines.convert import convert
 from cossl.pipelines.demo_set import make_demo_set
 from cossl.pipelines.picture import draw_batch, draw_curves
-from cossl.pipelines.positions import PositionSpec, Strategy
+from cossl.pipelines.positions import PositionsConfig, PositionSpec
+from cossl.pipelines.views import ViewsConfig, evaluation
 
 # ------------------------------------------------------------------------------------------------- what a run is
-
-
-@dataclass(frozen=True)
-class ViewsConfig:
-    """The two views of a picture."""
-
-    recipe: Literal["byol", "symmetric"] = "byol"
-    """byol: one view always blurred, the other sometimes solarized. symmetric: both alike."""
-    size_px: int = 224
-    """Side of a view."""
-    crop_min: float = 0.08
-    """Smallest crop, as a fraction of the picture's area, in (0, 1]."""
-    jitter: float = 1.0
-    """Strength of brightness, contrast, saturation and hue jitter: 1 is BYOL's 0.4, 0.4, 0.2, 0.1; 0 to 2.5."""
-
-
-@dataclass(frozen=True)
-class PositionsConfig:
-    """Which feature-map positions take part in the local loss."""
-
-    strategy: Strategy = "all"
-    """all, uniform (at random), grid (evenly spaced), overlap (their centre lies in the other view's crop), or disjoint
-    (their receptive field shares nothing with the other view's crop)."""
-    count: int = 0
-    """Positions per view; 0 means all of the n x n map."""
-
-
-@dataclass(frozen=True)
-class LoaderConfig:
-    """How pictures are read."""
-
-    backend: Backend = "auto"
-    """auto: ffcv for a beton, torch for an image folder. dali: NVIDIA's, for folders. synthetic: random pixels, for speed tests."""
-    workers: int = 2
-    """Threads (ffcv, dali) or processes (torch) that decode; never changes a result."""
-    batches_ahead: int = 3
-    """Batches kept ready (ffcv, dali)."""
-    order: Order = "random"
-    """random, or pages: half a GiB of the beton at a time, read in long runs: for disks that cannot seek and sets larger than memory."""
-    os_cache: bool = True
-    """False, with --loader.order pages: the beton does not fit into memory, so its pages are dropped once used."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +52,9 @@ class Config:
     """Passes over the training pictures."""
     batch_size: int = 4096
     """Pictures per optimizer step, over all devices."""
+    device_batch_size: int = 0
+    """Pictures that pass through the network at once on each device, 0 for its whole share; fewer means that gradients are accumulated.
+    Batch norms, and MoCo v3's keys, then see so many."""
     seed: int = 0
     """Fixes the initial weights, the order of the pictures, every crop and every colour."""
     run_dir: Path | None = None
@@ -123,6 +84,10 @@ class Config:
         for name, low in [("epochs", 1), ("batch_size", 2), ("log_every", 1), ("checkpoint_every", 0), ("seed", 0), ("eval_px", 16)]:
             if getattr(self, name) < low:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected {low} or more")
+        if self.device_batch_size and (self.device_batch_size < 2 or self.batch_size % self.device_batch_size):
+            fits = [n for n in range(2, self.batch_size + 1) if self.batch_size % n == 0]
+            near = min(fits, key=lambda n: abs(n - self.device_batch_size))
+            raise ValueError(f"--device-batch-size {self.device_batch_size} does not divide --batch-size {self.batch_size}: try {near}")
         if self.optim.warmup_epochs >= self.epochs:
             raise ValueError(f"--optim.warmup-epochs {self.optim.warmup_epochs}: expected fewer than --epochs {self.epochs}")
         if self.model.width < 8:
@@ -203,16 +168,24 @@ def demo_data() -> Path:
     return root
 
 
-def open_loaders(config: Config, positions: PositionSpec) -> tuple[Loader, Loader, Loader]:
+def position_specs(config: Config, model: CoSsl) -> tuple[PositionSpec, ...]:
+    """For each view size what positions its map has and which are drawn, the global views' first; none for small views left out."""
+    sizes = dict.fromkeys(view.size_px for view in config.views.specs())
+    small = {px: px != config.views.size_px for px in sizes}
+    used = [px for px in sizes if config.loss.small_views or not small[px]]
+    return tuple(config.positions.spec(*model.position_grid(px), small=small[px]) for px in used)
+
+
+def open_loaders(config: Config, positions: tuple[PositionSpec, ...]) -> tuple[Loader, Loader, Loader]:
     """Loaders of the training views, and of train and val pictures as they are."""
     how, backend, workers, data = config.loader, config.loader.backend, config.loader.workers, config.data or Path()
     synthetic = backend == "synthetic"
     if config.data is None and not synthetic:
         raise ValueError("--data is missing: give a folder with train.beton and val.beton (see `cossl convert`), or with train/ and val/")
     train, val = (data if synthetic else find_split(data, split, backend) for split in ("train", "val"))
-    recipe = view_recipes.RECIPES[config.views.recipe](config.views.size_px, config.views.crop_min, config.views.jitter)
-    seen = LoaderSpec(recipe, config.batch_size, config.seed, (positions,), workers, how.batches_ahead, True, how.order, how.os_cache)
-    plain = LoaderSpec(view_recipes.evaluation(config.eval_px), 256, workers=workers, shuffle=False)
+    recipe = config.views.specs()
+    seen = LoaderSpec(recipe, config.batch_size, config.seed, positions, workers, how.batches_ahead, True, how.order, how.os_cache)
+    plain = LoaderSpec(evaluation(config.eval_px), 256, workers=workers, shuffle=False)
     loaders = [make_loader(backend, source, spec) for source, spec in [(train, seen), (train, plain), (val, plain)]]
     if loaders[1].class_names != loaders[2].class_names:
         raise ValueError(f"{train} and {val} have different classes: convert both from folders with the same class folders")
@@ -249,20 +222,26 @@ def step_(
 ) -> dict[str, Tensor]:
     """One optimizer step and one target update; the loss terms stay on the device. `forward` is the model, perhaps compiled.
 
+    A batch larger than `device_batch_size` passes in parts, whose gradients add up to those of their mean loss.
     Beside the terms: positions per view that take part, and the share of views that have none.
     """
-    views = [augment(view, batch.photometry[:, v]) for v, view in enumerate(batch.split())]
-    with torch.autocast(batch.index.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        terms = forward(views, batch.positions)
+    size = config.device_batch_size or len(batch.index)
+    parts = [slice(first, first + size) for first in range(0, len(batch.index), size)]
+    optimizer.zero_grad(set_to_none=True)
+    every = []
+    for part in parts:
+        views = [augment(view[part], batch.photometry[part, v]) for v, view in enumerate(batch.split())]
+        with torch.autocast(batch.index.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            terms = forward(views, batch.positions[part])
+        (terms["loss"] / len(parts)).backward()
+        every.append({name: term.detach() for name, term in terms.items()})
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.zero_grad(set_to_none=True)
-    terms["loss"].backward()
     optimizer.step()
     model.update_target_(tau)
-    drawn = batch.positions >= 0
-    terms |= {"positions": drawn.sum(2).float().mean(), "views_without_position": 1 - drawn.any(2).float().mean()}
-    return {name: term.detach() for name, term in terms.items()}
+    drawn = batch.positions[:, : None if config.loss.small_views else len(TARGET_VIEWS)] >= 0
+    positions = {"positions": drawn.sum(2).float().mean(), "views_without_position": 1 - drawn.any(2).float().mean()}
+    return {name: torch.stack([terms[name] for terms in every]).mean() for name in every[0]} | positions
 
 
 # ------------------------------------------------------------------------------------------------- the loop
@@ -282,7 +261,7 @@ def train(config: Config, model: CoSsl, loader: Loader, device: torch.device, ru
         run_folder.keep_metrics(run_dir / "metrics.jsonl", step)
         say(f"resumed at step {step:,} of {total:,} from {found}")
     forward = torch.compile(model) if config.compile and device.type == "cuda" else model
-    meter = Meter(total, step, config.batch_size, timed)
+    meter, collapsed = Meter(total, step, config.batch_size, timed), False
     stop = run_folder.StopRequest(run_folder.deadline(STOP_BEFORE_END_S))
     with open(run_dir / "metrics.jsonl", "a") as metrics, stop:
         while step < total:
@@ -303,6 +282,10 @@ def train(config: Config, model: CoSsl, loader: Loader, device: torch.device, ru
                     metrics.write(json.dumps(line | {"images_per_s": round(meter.rate(), 1)}) + "\n")
                     metrics.flush()
                     meter.report(step, record, epoch, config.epochs)
+                    collapsed, before = has_collapsed(record["std"], record["rank"]), collapsed
+                    if collapsed and not before:
+                        shape = f"spread {record['std']:.2f}, rank {record['rank']:.1f}"
+                        say(f"step {step:,}: the projections collapsed ({shape}); try --model.output-norm True, a lower --optim.base-lr")
                 stopping = bool(stop)
                 if stopping or step == total or step % (config.checkpoint_every or steps_per_epoch) == 0:
                     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "window": window, "step": step}
@@ -383,6 +366,8 @@ def show(results: dict[str, Any]) -> None:
     say(f"\n{'top-1, percent':<26}{'linear':>8}{'20-NN':>8}")
     for key, name in [("trained", "trained"), ("untrained", "same network, untrained"), ("pixels", "12 x 12 pixels")]:
         say(f"{name:<26}{results['linear_top1'][key]:>8.1f}{results['knn_top1'][key]:>8.1f}")
+    if results["collapsed"]:
+        say(f"collapsed: the projections' spread is {results['std']:.2f} and their effective rank {results['rank']:.1f}")
     say("protocol: " + ", ".join(f"{k} {v}" for k, v in results["protocol"].items()))
 
 
@@ -395,16 +380,17 @@ def build(config: Config, device: torch.device) -> CoSsl:
     return CoSsl(config.model, config.loss).to(device).to(memory_format=torch.channels_last)
 
 
-def setup(preset: str, config: Config) -> tuple[Config, Path, torch.device, dict[str, CoSsl], PositionSpec, tuple[Loader, Loader, Loader]]:
+Ready = tuple[Config, Path, torch.device, dict[str, CoSsl], tuple[PositionSpec, ...], tuple[Loader, Loader, Loader]]
+
+
+def setup(preset: str, config: Config) -> Ready:
     """Everything that a wrong flag, path or file can spoil, before anything is trained."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no GPU is visible to torch; use --device cpu, or mend the driver")
     device = torch.device("cuda" if config.device == "auto" and torch.cuda.is_available() else config.device.replace("auto", "cpu"))
     run_dir = run_folder.choose(config.run_dir, config.resume, preset)
     networks = {name: build(config, device) for name in ("trained", "untrained")}
-    grid = position_grid(networks["trained"].online.backbone, config.views.size_px)
-    count = config.positions.count or grid.size**2
-    positions = PositionSpec(config.positions.strategy, count, *grid)
+    positions = position_specs(config, networks["trained"])
     if preset == "demo" and config.data is None and config.loader.backend != "synthetic":
         config = replace(config, data=demo_data())
     loaders = open_loaders(config, positions)
@@ -413,21 +399,25 @@ def setup(preset: str, config: Config) -> tuple[Config, Path, torch.device, dict
     return config, run_dir, device, networks, positions, loaders
 
 
-def run(preset: str, ready: Any) -> None:
+def run(preset: str, ready: Ready) -> None:
     """Trains, evaluates, writes results.json; what `setup` returned is `ready`."""
     config, run_dir, device, networks, positions, loaders = ready
     began, model = time.perf_counter(), networks["trained"]
     replace_text(run_dir / "config.json", json.dumps({"preset": preset} | flatten(config), indent=2))
     run_folder.record_start(run_dir)
     size = sum(p.numel() for p in model.online.backbone.parameters()) / 1e6
-    n, field_px = positions.size, positions.receptive_field_px
-    say(f"{config.model.backbone}: {size:.2f} M parameters, {n} x {n} positions that see {field_px} px each")
-    say(f"{config.epochs} epochs of {len(loaders[0])} steps, batch {config.batch_size}, {device}, {config.precision} -> {run_dir}")
-    draw_batch(run_dir / "batch.png", next(iter(loaders[0].epoch(0))), loaders[0].picture, positions)
+    grids = ", ".join(f"{p.size} x {p.size} positions that see {p.receptive_field_px:.0f} px each of {p.view_px}" for p in positions)
+    say(f"{config.model.method}, {config.model.backbone}: {size:.2f} M parameters, {grids}")
+    share, steps, peak = config.device_batch_size or config.batch_size, len(loaders[0]), peak_lr(config.optim.base_lr, config.batch_size)
+    say(f"batch {config.batch_size} = {config.batch_size // share} x {share} on 1 device, {config.optim.optimizer} to {peak:g}")
+    say(f"{config.epochs} epochs of {steps:,} steps = {config.epochs * steps:,} steps, {device}, {config.precision} -> {run_dir}")
+    draw_batch(run_dir / "batch.png", next(iter(loaders[0].epoch(0))), loaders[0].picture, positions[0])
     rate = train(config, model, loaders[0], device, run_dir)
     results: dict[str, Any] = evaluate(networks, loaders[1], loaders[2], device)
     results |= {"images_per_s": round(rate, 1), "protocol": probe.PROTOCOL | {"eval_px": config.eval_px, "features": "pooled, eval mode"}}
     results |= {"seconds": round(time.perf_counter() - began, 1), "torch": torch.__version__, "device": str(device)}
+    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    results |= {"std": last["std"], "rank": last["rank"], "collapsed": has_collapsed(last["std"], last["rank"])}
     draw_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
     replace_text(run_dir / "results.json", json.dumps(results, indent=2))
     show(results)

@@ -62,6 +62,8 @@ class ModelConfig:
     """Linear layers between the pooling and the global representation, as wide as the feature map; 0 = none."""
     hidden_dim: int = 4096
     """Hidden width of projectors and predictors."""
+    predictor_hidden_dim: int = 0
+    """Hidden width of predictors; 0 = hidden_dim."""
     out_dim: int = 256
     """Width of the vectors that are compared."""
     local_head: HeadName = "conv1x1"
@@ -100,6 +102,7 @@ class ModelConfig:
         )
         _check("mlp_after_pool", self.mlp_after_pool, self.mlp_after_pool >= 0, "give a number of layers, 0 for none")
         _check("hidden_dim", self.hidden_dim, self.hidden_dim >= 1, "give at least 1")
+        _check("predictor_hidden_dim", self.predictor_hidden_dim, self.predictor_hidden_dim >= 0, "give at least 1, or 0 for hidden_dim")
         _check("out_dim", self.out_dim, self.out_dim >= 1, "give at least 1")
         _check_backbone(self.backbone, self.receptive_field, self.width, self.small_image_stem)
 
@@ -199,8 +202,8 @@ def _predictors(model: ModelConfig, kind: str) -> nn.ModuleList:
     """One for all views, or a second one for small views; for DINO its prototypes."""
     if not OBJECTIVES[model.method].has_predictor:
         return nn.ModuleList([Prototypes(model.out_dim, model.prototypes)])
-    q, out = HEADS[predictor_kind(kind)], model.out_dim
-    return nn.ModuleList(q(out, model.hidden_dim, out, False, model.head_norm) for _ in range(2 if model.predictors == "per_size" else 1))
+    q, hidden, out = HEADS[predictor_kind(kind)], model.predictor_hidden_dim or model.hidden_dim, model.out_dim
+    return nn.ModuleList(q(out, hidden, out, False, model.head_norm) for _ in range(2 if model.predictors == "per_size" else 1))
 
 
 def _outputs(predictors: nn.ModuleList | None, x: Float[Tensor, "*b d"], view: int = 0) -> Tensor:
@@ -341,3 +344,8 @@ def effective_rank(z: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
 
 
 SHAPES = {"std": spread, "rank": effective_rank}  # how the global projections are spread, for metrics.jsonl
+
+
+def has_collapsed(std: float, rank: float) -> bool:
+    """Whether the projections say nothing of their picture any more: all nearly equal, or all on one line."""
+    return std < 0.1 or rank < 1.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -11,12 +12,29 @@ if TYPE_CHECKING:
     from cossl.pipelines.batch import Loader, LoaderSpec
 
 Backend = Literal["auto", "ffcv", "dali", "torch", "synthetic"]
+Order = Literal["random", "pages"]
 LOADERS: dict[str, tuple[str, str]] = {  # imported when chosen, so that a missing package hurts only who asks for it
     "ffcv": ("cossl.pipelines.ffcv_loader", "FfcvLoader"),
     "dali": ("cossl.pipelines.dali_loader", "DaliLoader"),
     "torch": ("cossl.pipelines.torch_loader", "TorchLoader"),
     "synthetic": ("cossl.pipelines.synthetic", "SyntheticLoader"),
 }
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """How pictures are read."""
+
+    backend: Backend = "auto"
+    """auto: ffcv for a beton, torch for an image folder. dali: NVIDIA's, for folders. synthetic: random pixels, for speed tests."""
+    workers: int = 2
+    """Threads (ffcv, dali) or processes (torch) that decode; never changes a result."""
+    batches_ahead: int = 3
+    """Batches kept ready (ffcv, dali)."""
+    order: Order = "random"
+    """random, or pages: half a GiB of the beton at a time, read in long runs: for disks that cannot seek and sets larger than memory."""
+    os_cache: bool = True
+    """False, with --loader.order pages: the beton does not fit into memory, so its pages are dropped once used."""
 
 
 def find_split(data: Path, split: str, backend: str = "auto") -> Path:

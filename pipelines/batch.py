@@ -9,18 +9,18 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import Literal, Protocol, get_args
+from typing import Protocol, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from cossl.pipelines import Order
 from cossl.pipelines.geometry import PHOTOMETRY
 from cossl.pipelines.positions import PositionSpec, sample_positions
 from cossl.pipelines.views import ViewSpec
 
-Order = Literal["random", "pages"]
 WINDOW_PAGES = 64  # of 8 MiB: half a GiB is read ahead, and mixes 10,000 pictures of 50 KB
 ALIGNED_BYTES = 64  # where each tensor of a batch starts
 

@@ -54,6 +54,22 @@ class PositionSpec:
             raise ValueError(f"strategy 'grid' takes a square number of positions, not {self.count}: try {side**2} or {(side + 1) ** 2}")
 
 
+@dataclass(frozen=True)
+class PositionsConfig:
+    """Which feature-map positions take part in the local loss."""
+
+    strategy: Strategy = "all"
+    """all, uniform (at random), grid (evenly spaced), overlap (their centre lies in another view's crop), or disjoint
+    (their receptive field shares nothing with any other view's crop)."""
+    count: int = 0
+    """Positions per view; 0 means all of the n x n map. Small views give as many as they have."""
+
+    def spec(self, size: int, stride_px: float, receptive_field_px: float, offset_px: float, view_px: int, small: bool) -> PositionSpec:
+        """The same for the views of one size, whose position grid this is."""
+        count = min(self.count, size**2) if small and self.count else self.count or size**2
+        return PositionSpec(self.strategy, count, size, stride_px, receptive_field_px, offset_px, view_px)
+
+
 @compiled
 def _source_point(x: float, y: float, box: np.ndarray, flip: bool) -> tuple[float, float]:
     if flip:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -96,8 +97,41 @@ def evaluation(size_px: int = 224, centre_frac: float = 224 / 256) -> tuple[View
 
 
 # (size_px, crop_min, jitter) to the views; the crop-size ablation varies crop_min from 0.05 to 1.
-RECIPES: dict[str, Callable[[int, float, float], tuple[ViewSpec, ...]]] = {
+RECIPES: dict[str, Callable[..., tuple[ViewSpec, ...]]] = {
     "byol": byol,
     "symmetric": symmetric,
     "multi_crop": multi_crop,
 }
+
+if TYPE_CHECKING:
+    RecipeName = str
+else:
+    RecipeName = Literal[tuple(RECIPES)]
+
+
+@dataclass(frozen=True)
+class ViewsConfig:
+    """The views of a picture."""
+
+    recipe: RecipeName = "byol"
+    """byol: one view always blurred, the other sometimes solarized. symmetric: both alike. multi_crop: byol's two and small ones."""
+    size_px: int = 224
+    """Side of the two global views."""
+    crop_min: float = 0.08
+    """Smallest crop, as a fraction of the picture's area, in (0, 1]; with multi_crop the largest of a small view too (DINO's: 0.14)."""
+    jitter: float = 1.0
+    """Strength of brightness, contrast, saturation and hue jitter: 1 is BYOL's 0.4, 0.4, 0.2, 0.1; 0 to 2.5."""
+    local_crops_number: int = 6
+    """Small views of multi_crop: SwAV has 6, DINO 8."""
+    local_crops_px: int = 0
+    """Side of multi_crop's small views; 0 means 96 for global views of 224, and in proportion."""
+
+    def specs(self) -> tuple[ViewSpec, ...]:
+        """The views themselves."""
+        if self.local_crops_number < 1:
+            raise ValueError(
+                f"--views.local-crops-number {self.local_crops_number}: expected 1 or more; without small views use recipe byol"
+            )
+        small = {"local_px": self.local_crops_px or None, "local_crops_number": self.local_crops_number}
+        extra = small if self.recipe == "multi_crop" else {}
+        return RECIPES[self.recipe](self.size_px, self.crop_min, self.jitter, **extra)

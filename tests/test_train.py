@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -11,13 +12,18 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
 from cossl import train
-from cossl.models import checkpoint
+from cossl.models import checkpoint, co_ssl
+from cossl.models.optim import make_optimizer
+from cossl.pipelines.augment import augment
+from cossl.pipelines.batch import LoaderSpec
+from cossl.pipelines.synthetic import SyntheticLoader
 
 TINY = (
     "--batch-size 16 --log-every 1 --views.size-px 16 --eval-px 16 --model.width 8 --model.receptive-field 9 --model.hidden-dim 16"
@@ -67,6 +73,8 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 def test_a_run_leaves_its_record(finished: Path) -> None:
     results = json.loads((finished / "results.json").read_text())
+    assert not results["collapsed"]
+    assert 1.5 < results["rank"] < 16
     for protocol in ("linear_top1", "knn_top1"):
         assert set(results[protocol]) == {"trained", "untrained", "pixels"}
         assert all(0 <= value <= 100 for value in results[protocol].values())
@@ -102,6 +110,65 @@ def test_views_without_a_position_are_counted_and_harmless(pictures: Path, tmp_p
     assert all(r["positions"] <= 2 * (1 - r["views_without_position"]) for r in records)
     assert 0 < sum(r["views_without_position"] for r in records) / len(records) < 1
     assert all(r["loss"] == r["loss"] for r in records)
+
+
+MULTI_CROP = (
+    "--views.recipe multi_crop --views.size-px 32 --views.crop-min 0.2 --views.local-crops-px 16 --views.local-crops-number 2".split()
+)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--model.method", "dino", "--model.prototypes", "32", *MULTI_CROP],
+        ["--model.method", "mocov3", "--model.predictors", "per_size", "--device-batch-size", "8", *MULTI_CROP],
+    ],
+)
+def test_every_method_trains_on_multi_crop_and_resumes(pictures: Path, tmp_path: Path, monkeypatch, flags: list[str]) -> None:
+    run(pictures, tmp_path / "whole", *flags)
+    first = metrics(tmp_path / "whole")[0]
+    assert first["positions"] == (16 + 16 + 4 + 4) / 4  # 4 x 4 in views of 32 px, 2 x 2 in those of 16
+    steps = iter(range(7))
+    step = train.step_
+
+    def until_interrupted(*args: Any) -> Any:
+        if next(steps, None) is None:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(train, "step_", until_interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        run(pictures, tmp_path / "cut", *flags)
+    monkeypatch.setattr(train, "step_", step)
+    run(pictures, tmp_path / "cut", *flags, "--resume")
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_parts_of_a_batch_add_up_to_the_gradients_of_their_mean_loss() -> None:
+    config = train.parse(["demo", *TINY, "--device-batch-size", "4", "--optim.optimizer", "sgd", "--optim.weight-decay", "0"])[1]
+    model = train.build(config, torch.device("cpu"))
+    twin = copy.deepcopy(model)
+    spec = LoaderSpec(config.views.specs(), 8, positions=train.position_specs(config, model))
+    batch = next(SyntheticLoader(Path(), spec).epoch(0))
+    terms = train.step_(model, model, make_optimizer(model.online.named_parameters(), config.optim), batch, config, 0.5, 0.9)
+    losses = []
+    for part in (slice(0, 4), slice(4, 8)):
+        views = [augment(view[part], batch.photometry[part, v]) for v, view in enumerate(batch.split())]
+        losses.append(twin(views, batch.positions[part])["loss"])
+    torch.testing.assert_close(terms["loss"], torch.stack(losses).mean())
+    parameters = list(twin.online.parameters())
+    gradients = torch.autograd.grad(torch.stack(losses).mean(), parameters)
+    for ours, before, gradient in zip(model.online.parameters(), parameters, gradients, strict=True):
+        torch.testing.assert_close(ours, before - 0.5 * gradient)
+
+
+def test_a_run_that_has_collapsed_says_so_once(pictures: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setitem(co_ssl.SHAPES, "std", lambda z: torch.zeros(()))
+    results = run(pictures, tmp_path / "run")
+    said = capsys.readouterr().out
+    assert said.count("projections collapsed (spread 0.00") == 1
+    assert "\ncollapsed: " in said
+    assert results["collapsed"]
 
 
 @pytest.mark.parametrize("kill_at", [1, 5, 8])
@@ -147,6 +214,10 @@ def test_a_non_finite_loss_names_the_steps(pictures: Path, tmp_path: Path) -> No
         (["demo", "--model.receptive-field", "30"], ["receptive_field=30", "29"]),
         (["demo", "--model.width", "4"], ["--model.width 4", "8 or more"]),
         (["demo", "--loss.local-to-global", "1.5"], ["local_to_global=1.5", "0 to 1"]),
+        (["demo", "--device-batch-size", "5"], ["--device-batch-size 5", "--batch-size 32", "try 4"]),
+        (["demo", "--model.method", "dino", "--model.predictors", "per_size"], ["dino has no predictors"]),
+        (["demo", "--loss.temperature", "0.2"], ["temperature=0.2", "mocov3"]),
+        (["demo", "--loader.backend", "synthetic", "--views.recipe", "multi_crop", "--views.local-crops-number", "0"], ["1 or more"]),
         (["demo", "--loss.combine", "product"], ["combine", "product", "convex"]),
         (["in1k", "--epochs", "5"], ["--optim.warmup-epochs 10", "--epochs 5"]),
         (["imagenette"], ["--data", "cossl convert"]),

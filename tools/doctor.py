@@ -23,18 +23,16 @@ import torch
 
 from cossl.models.co_ssl import CoSsl
 from cossl.models.optim import make_optimizer
-from cossl.models.rf_resnet import position_grid
 from cossl.pipelines import choose_backend, find_split, make_loader
 from cossl.pipelines.augment import augment
 from cossl.pipelines.batch import Batch, LoaderSpec
 from cossl.pipelines.beton import Beton, list_image_folder
 from cossl.pipelines.dali_loader import INSTALL_DALI
 from cossl.pipelines.ffcv_stock import INSTALL_FFCV
-from cossl.pipelines.positions import PositionSpec
-from cossl.pipelines.views import RECIPES, evaluation
+from cossl.pipelines.views import evaluation
 from cossl.tools.bench import Stopwatch, installed, machine, num_cores, progress
 from cossl.tools.bench_pictures import LARGEST_SET, prepare
-from cossl.train import PRESETS, Config, build, cache_dir, parse_flags, step_
+from cossl.train import PRESETS, Config, build, cache_dir, parse_flags, position_specs, step_
 
 INSTALL_LOG = "pip install -c constraints.txt -e '.[log]'"
 OPTIONAL = {  # package: what it is for, the line that installs it
@@ -215,13 +213,10 @@ def measure(args: DoctorArgs, scratch: Path) -> tuple[list[str], list[Stage], fl
     else:
         source = find_split(source, "train")
     backend = choose_backend("auto", source)
-    views = RECIPES[config.views.recipe](config.views.size_px, config.views.crop_min, config.views.jitter)
-    model = build(config, device)
-    grid = position_grid(model.online.backbone, config.views.size_px)
-    positions = PositionSpec(config.positions.strategy, config.positions.count or grid.size**2, *grid)
+    views, model = config.views.specs(), build(config, device)
     # A step on a CPU must not take the whole half minute: 32 pictures of demo's size, 4 of in1k's.
     batch_size = 64 if device.type == "cuda" else max(4, min(32, 32 * 32**2 // config.views.size_px**2))
-    spec = LoaderSpec(views, batch_size, positions=(positions,), workers=args.workers)
+    spec = LoaderSpec(views, batch_size, positions=position_specs(config, model), workers=args.workers)
     where = [
         f"pictures   {what}, {backend} loader, {args.workers} worker{'s' if args.workers > 1 else ''}",
         f"preset     {preset}: {len(views)} x {config.views.size_px} px, {config.model.backbone}",
