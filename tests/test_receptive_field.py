@@ -10,6 +10,7 @@ from cossl.models.rf_resnet import (
     BACKBONES,
     ResNet,
     bagnet,
+    pool_to,
     position_grid,
     reachable_fields,
     rf_resnet18,
@@ -24,7 +25,7 @@ RF50 = [11, 19, 27, 35, 51, 67, 83, 99, 131, 163, 195, 227, 259, 291, 355, 419, 
 RF18 = [3, 5, 7, 9, 11, 13, 17, 21, 25, 29, 37, 45, 53, 61, 77, 93, 109]
 
 
-def reached(backbone: ResNet, view_px: int, position: int) -> Tensor:
+def reached(backbone: ResNet, view_px: int, position: int, stage: int = 4, side: int = 0) -> Tensor:
     """Which pixels [s s] the position (position, position) reads: those its gradient reaches where nothing can cancel or block it."""
     backbone = backbone.double().eval()
     for module in backbone.modules():
@@ -33,14 +34,14 @@ def reached(backbone: ResNet, view_px: int, position: int) -> Tensor:
     if isinstance(backbone.maxpool, nn.MaxPool2d):  # a maximum passes the gradient of one pixel alone
         backbone.maxpool = nn.AvgPool2d(3, 2, padding=1)
     x = torch.ones(1, 3, view_px, view_px, dtype=torch.float64, requires_grad=True)
-    backbone(x)[0, :, position, position].sum().backward()
+    pool_to(backbone.maps(x)[stage - 1], side)[0, :, position, position].sum().backward()
     assert x.grad is not None
     return x.grad[0].sum(0) != 0
 
 
-def box(backbone: ResNet, view_px: int, position: int) -> Tensor:
+def box(backbone: ResNet, view_px: int, position: int, stage: int = 4, side: int = 0) -> Tensor:
     """The pixels [s s] of the position's receptive field as the position grid states it."""
-    grid = position_grid(backbone, view_px)
+    grid = position_grid(backbone, view_px, stage, side)
     centre = grid.offset_px + position * grid.stride_px
     first, last = centre - grid.receptive_field_px / 2, centre + grid.receptive_field_px / 2
     assert 0 <= first < last <= view_px, "the test wants a position away from the border"
@@ -113,6 +114,37 @@ def test_gradient_reaches_every_pixel_of_the_field_and_no_other(
     expected = box(backbone, view_px, position)
     assert int(expected.sum()) == receptive_field**2
     assert torch.equal(reached(backbone, view_px, position), expected)
+
+
+@pytest.mark.parametrize(
+    ("build", "receptive_field", "view_px", "stage", "side", "position", "expected"),
+    [
+        (rf_resnet50, 99, 256, 2, 0, 15, 99),  # stage 2 is where 99 px are reached
+        (rf_resnet50, 99, 256, 1, 0, 20, 35),
+        (rf_resnet50, 67, 224, 4, 6, 2, 67 + 32),  # 7 positions in windows of 2: 6
+        (rf_resnet50, 67, 224, 4, 3, 1, 67 + 2 * 32),  # windows of 3, two apart
+        (rf_resnet18, 29, 64, 3, 4, 1, 29 + 3 * 4),  # 16 positions in windows of 4
+    ],
+)
+def test_an_earlier_stage_or_a_pooled_grid_sees_what_its_grid_says(
+    build: Callable[..., ResNet], receptive_field: int, view_px: int, stage: int, side: int, position: int, expected: int
+) -> None:
+    backbone = build(receptive_field, width=4)
+    field = box(backbone, view_px, position, stage, side)
+    assert int(field.sum()) == expected**2
+    assert torch.equal(reached(backbone, view_px, position, stage, side), field)
+
+
+@pytest.mark.parametrize("n", [1, 3, 7, 8])
+def test_pooled_grids_have_the_asked_side_and_cover_the_map(n: int) -> None:
+    for side in range(n + 2):
+        y = torch.ones(1, 2, n, n, requires_grad=True)
+        pooled = pool_to(y, side)
+        assert pooled.shape[-1] == (n if side == 0 else min(side, n))
+        pooled.sum().backward()
+        assert y.grad is not None
+        assert (y.grad > 0).all()
+        torch.testing.assert_close(pooled, torch.ones_like(pooled))
 
 
 def test_kept_kernels_override_the_receptive_field() -> None:
