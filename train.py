@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cossl.models import checkpoint, probe, run_folder
-from cossl.models.co_ssl import TARGET_VIEWS, CoSsl, LossConfig, ModelConfig, has_collapsed
+from cossl.models.co_ssl import TARGET_VIEWS, CoSsl, LossConfig, ModelConfig, effective_rank, has_collapsed
 from cossl.models.optim import OptimConfig, ema_tau, learning_rate, make_optimizer, peak_lr
 from cossl.models.run_folder import flatten
 from cossl.models.run_folder import replace_text as replace_text
@@ -220,7 +220,7 @@ Forward = Callable[[list[Tensor], Tensor], dict[str, Tensor]]
 def step_(
     model: CoSsl, forward: Forward, optimizer: torch.optim.Optimizer, batch: Batch, config: Config, lr: float, tau: float
 ) -> dict[str, Tensor]:
-    """One optimizer step and one target update; the loss terms stay on the device. `forward` is the model, perhaps compiled.
+    """One optimizer step and one target update; the model's terms stay on the device. `forward` is the model, perhaps compiled.
 
     A batch larger than `device_batch_size` passes in parts, whose gradients add up to those of their mean loss.
     Beside the terms: positions per view that take part, and the share of views that have none.
@@ -241,7 +241,7 @@ def step_(
     model.update_target_(tau)
     drawn = batch.positions[:, : None if config.loss.small_views else len(TARGET_VIEWS)] >= 0
     positions = {"positions": drawn.sum(2).float().mean(), "views_without_position": 1 - drawn.any(2).float().mean()}
-    return {name: torch.stack([terms[name] for terms in every]).mean() for name in every[0]} | positions
+    return {name: torch.stack([terms[name] for terms in every]).mean(0) for name in every[0]} | positions
 
 
 # ------------------------------------------------------------------------------------------------- the loop
@@ -274,10 +274,12 @@ def train(config: Config, model: CoSsl, loader: Loader, device: torch.device, ru
                 meter.tick()
                 if step % config.log_every == 0 or step == total:
                     length = (step - 1) % config.log_every + 1
+                    covariance = window.pop("covariance") / length
                     record = {k: v / length for k, v in zip(window, torch.stack(list(window.values())).tolist(), strict=True)}
                     window = {}
                     if not all(abs(v) < float("inf") for v in record.values()):
                         raise RuntimeError(f"loss not finite between steps {step - length} and {step}: {record}; lower --optim.base-lr")
+                    record["rank"] = effective_rank(covariance)
                     line = {"step": step, "epoch": step / steps_per_epoch, **record, "lr": lr, "ema_tau": tau}
                     metrics.write(json.dumps(line | {"images_per_s": round(meter.rate(), 1)}) + "\n")
                     metrics.flush()

@@ -235,12 +235,12 @@ class CoSsl(nn.Module):
         self.objective = objective(loss, model.out_dim if objective.has_predictor else model.prototypes, ranks)
 
     def forward(self, views: Sequence[Float[Tensor, "b 3 s s"]], positions: Int[Tensor, "b v k"]) -> dict[str, Tensor]:
-        """Scalars: loss, global, the local directions in use, std, rank. The first two views are the global ones.
+        """Scalars: loss, global, the local directions in use, std; and a matrix [d d], covariance. The first two views are the global ones.
 
         Each term is the mean over its pairs of views (v, w), v any view and w another one of the global two, and over the batch, times the
         objective's `num_terms`: with two views and BYOL or MoCo v3 the SUM over both. Averaging instead would halve the step.
-        std is 1 for global projections spread evenly over all directions and 0 for collapsed ones; rank is how many directions they
-        use (`effective_rank`). Neither has a gradient.
+        std is 1 for global projections spread evenly over all directions and 0 for collapsed ones; `effective_rank` of the covariance, of
+        the same unit vectors, is how many directions they use. Neither has a gradient.
         """
         online = self.online(views)
         with torch.no_grad():
@@ -255,8 +255,9 @@ class CoSsl(nn.Module):
             terms |= self._local(online, target, goals, every, positions)
             local = losses.local_term(terms.get("local_to_global", 0.0), terms.get("global_to_local", 0.0), self.loss.local_to_global)
         loss = losses.total(terms["global"], local, self.loss.local_weight, self.loss.combine)
-        shapes = {name: self._mean([measure(online[v].projected) for v in TARGET_VIEWS]) for name, measure in SHAPES.items()}
-        return {"loss": loss, **terms, **shapes}
+        projected = [online[v].projected for v in TARGET_VIEWS]
+        shape = {"std": self._mean([spread(z) for z in projected]), "covariance": torch.stack([covariance(z) for z in projected]).mean(0)}
+        return {"loss": loss, **terms, **shape}
 
     def _local(
         self, online: list[Seen], target: list[Seen], goals: list[Tensor], every: list[Tensor], positions: Int[Tensor, "b v k"]
@@ -332,20 +333,23 @@ def spread(z: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
 
 
 @torch.no_grad()
-def effective_rank(z: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
-    """How many directions the vectors vary in: (sum of l)^2 / (sum of l^2) over the eigenvalues l of their covariance; 1 to min(b - 1, d).
+def covariance(z: Float[Tensor, "b d"]) -> Float[Tensor, "d d"]:
+    """Of the unit vectors, over the local batch."""
+    x = F.normalize(z.float(), dim=-1)
+    x = x - x.mean(0)
+    return x.T @ x / len(x)
 
-    The participation ratio (Gao et al. 2017, doi 10.1101/214262): unlike RankMe's entropy (Garrido et al. 2023, arXiv 2210.02885) it takes
-    two traces and no decomposition, which would wait for the device. 0 where nothing varies. Over the local batch only.
+
+def effective_rank(covariance: Float[Tensor, "d d"]) -> float:
+    """How many directions vectors of this covariance use, 1 to d: exp(- sum of p log p), p = each one's share of all standard deviations.
+
+    Roy and Vetterli 2007; RankMe (Garrido et al. 2023, arXiv 2210.02885) without its mean. nan where nothing varies.
+    Trap: it decomposes a matrix, so the host waits for the device.
     """
-    x = z.float() - z.float().mean(0)
-    gram = x @ x.T if len(x) < x.shape[1] else x.T @ x
-    return gram.trace() ** 2 / gram.square().sum().clamp(min=torch.finfo(torch.float32).tiny)
-
-
-SHAPES = {"std": spread, "rank": effective_rank}  # how the global projections are spread, for metrics.jsonl
+    deviations = torch.linalg.eigvalsh(covariance.double().cpu()).clamp(min=0).sqrt()
+    return torch.exp(torch.special.entr(deviations / deviations.sum()).sum()).item()
 
 
 def has_collapsed(std: float, rank: float) -> bool:
     """Whether the projections say nothing of their picture any more: all nearly equal, or all on one line."""
-    return std < 0.1 or rank < 1.5
+    return std < 0.1 or rank < 2

@@ -180,7 +180,7 @@ def test_plain_byol_has_no_local_heads_and_ignores_positions() -> None:
     assert not [name for name, _ in model.named_parameters() if "local" in name]
     views, positions = batch()
     terms = model(views, positions)
-    assert set(terms) == {"loss", "global", "std", "rank"}
+    assert set(terms) == {"loss", "global", "std", "covariance"}
     assert terms["loss"].item() == terms["global"].item()
 
 
@@ -261,7 +261,17 @@ def test_std_tells_spread_from_collapse() -> None:
     assert co_ssl.spread(torch.randn(1, 16).expand(50, 16)).item() == pytest.approx(0, abs=1e-6)
     terms = make(LossConfig())(*batch())
     assert not terms["std"].requires_grad
-    assert all(term.ndim == 0 for term in terms.values())
+    assert not terms["covariance"].requires_grad
+    assert {name for name, term in terms.items() if term.ndim} == {"covariance"}
+
+
+@pytest.mark.parametrize("directions", [1, 2, 5])
+def test_effective_rank_counts_directions(directions: int) -> None:
+    z = torch.randn(4000, directions).sign() @ torch.linalg.qr(torch.randn(16, directions))[0].T
+    assert co_ssl.effective_rank(co_ssl.covariance(z)) == pytest.approx(directions, rel=0.02)
+    narrow = z + 0.002 * torch.randn(4000, 16)
+    assert co_ssl.has_collapsed(1.0, co_ssl.effective_rank(co_ssl.covariance(narrow))) == (directions == 1)
+    assert co_ssl.has_collapsed(co_ssl.spread(5 + 0.1 * torch.randn(4000, 16)).item(), 16)
 
 
 def test_represent_is_the_pooled_vector_of_the_online_network() -> None:
