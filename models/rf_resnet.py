@@ -4,13 +4,17 @@ Symbols: n = positions per side of the feature map, k = kernel size, s = stride,
 j = jump = distance of two neighbouring positions in view pixels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
+import torch
 import torchvision
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 
@@ -35,6 +39,7 @@ class ResNet(nn.Module):
         self.conv1, self.bn1, self.relu, self.maxpool = conv1, bn1, nn.ReLU(inplace=True), maxpool
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.out_channels = out_channels
+        self.recompute = False  # keep the maps between blocks alone: what lies within a block is computed again in the backward pass
 
     @property
     def stages(self) -> tuple[nn.Module, ...]:
@@ -48,12 +53,32 @@ class ResNet(nn.Module):
         """The feature map after each of the four stages."""
         y, maps = self.maxpool(self.relu(self.bn1(self.conv1(x)))), []
         for stage in self.stages:
-            y = stage(y)
+            y = _recomputed(stage, y) if self.recompute and torch.is_grad_enabled() else stage(y)
             maps.append(y)
         return maps
 
     def forward(self, x: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b c n n"]:
         return self.maps(x)[-1]
+
+
+def _recomputed(stage: nn.Module, y: Tensor) -> Tensor:
+    for block in stage.children():
+        y = checkpoint(block, y, use_reentrant=False, context_fn=lambda block=block: (nullcontext(), _statistics_stand(block)))
+    return y
+
+
+@contextmanager
+def _statistics_stand(block: nn.Module) -> Iterator[None]:
+    """Batch norms normalise by the batch as ever, but it does not count a second time in their running statistics."""
+    norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, tracked) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, tracked
 
 
 class _Layout(NamedTuple):

@@ -1,9 +1,12 @@
 """Backbones and heads."""
 
+import copy
+
 import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from cossl.models.rf_resnet import BACKBONES, bagnet, make_backbone, position_grid, rf_resnet18, rf_resnet50
 
@@ -108,3 +111,22 @@ def test_impossible_backbone_says_what_is_possible(arguments: tuple[str, int | N
 
 def test_plain_backbone_takes_its_true_receptive_field() -> None:
     assert position_grid(make_backbone("resnet18", 435, 64, None), 64).receptive_field_px == 435
+
+
+def test_recomputing_activations_changes_nothing_but_memory() -> None:
+    torch.manual_seed(0)
+    plain = rf_resnet18(29, width=8)
+    thrifty = copy.deepcopy(plain)
+    thrifty.recompute = True
+    kept = []
+    for backbone in (plain, thrifty):
+        x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+        with saved_tensors_hooks(lambda tensor: kept.append(tensor.nbytes) or tensor, lambda tensor: tensor):
+            y = backbone(x)
+        kept.append(-1)
+        y.square().mean().backward()
+    for ours, theirs in zip(thrifty.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+    assert all(torch.equal(tensor, plain.state_dict()[name]) for name, tensor in thrifty.state_dict().items())
+    middle = kept.index(-1)
+    assert sum(kept[middle + 1 : -1]) < 0.3 * sum(kept[:middle])
