@@ -12,20 +12,24 @@ import torch
 from timm.optim.lars import Lars
 from torch import nn
 
+from cossl.models.heads import Prototypes
+
 Groups = list[dict[str, Any]]
 
 
 def _lars(groups: Groups, config: "OptimConfig") -> torch.optim.Optimizer:
-    """LARS (You et al. 2017, arXiv 1708.03888), trust coefficient 1e-3 as in BYOL's public code.
+    """LARS (You et al. 2017, arXiv 1708.03888), timm's, over lists of tensors instead of one tensor after the other.
 
     timm's ratio is that paper's, |w| / (|gradient| + decay |w|); BYOL's code has |gradient + decay w| below, the same to 1e-6 or so
-    at a decay of 1e-6.
+    at a decay of 1e-6. Where a norm is 0 the ratio is 1, before a clip.
     Trap: timm adapts a group only where its weight decay is not 0 or `always_adapt` is set. So the weights get the flag,
     or a run without weight decay would silently be SGD, and the excluded group never gets it.
     """
     weights, excluded = groups
     adapted = [weights | {"always_adapt": True}, excluded | {"always_adapt": False}]
-    return Lars(adapted, lr=config.base_lr, momentum=config.momentum, trust_coeff=1e-3)
+    return Lars(
+        adapted, lr=config.base_lr, momentum=config.momentum, trust_coeff=config.lars_eta, trust_clip=config.lars_clip, foreach=True
+    )
 
 
 def _sgd(groups: Groups, config: "OptimConfig") -> torch.optim.Optimizer:
@@ -56,8 +60,21 @@ class OptimConfig:
     """Weight decay of all weights but biases and norms."""
     momentum: float = 0.9
     """Momentum, 0 up to but not 1; for adamw its first beta."""
+    lars_eta: float = 1e-3
+    """LARS's trust coefficient, above 0: 1e-3 in BYOL's and MoCo v3's public code, 0.02 in solo-learn's ImageNet-100 recipes."""
+    lars_clip: bool = False
+    """LARS never steps further than SGD would: its ratio becomes min(ratio / learning rate, 1), the clip of LARC (NVIDIA's Apex), which is
+    solo-learn's clip_lr. While it binds, the learning rate of a weight is the schedule's; else lars_eta |w| / |gradient|, whatever the
+    schedule says."""
     warmup_epochs: float = 10.0
     """Epochs of linear warm-up before the cosine to 0."""
+    warmup_start_lr: float = 0.0
+    """Learning rate at the first step of the warm-up, 0 or more, not scaled by the batch: 0 in BYOL's public code, 3e-5 in solo-learn."""
+    clip_grad: float = 0.0
+    """Largest norm of each parameter's gradient, 0 = no limit; 3 in DINO's public code. Per parameter, not over all of them."""
+    freeze_prototypes_epochs: float = 0.0
+    """Epochs at the start in which DINO's prototypes stay as they are, 0 or more; 1 in its public code (freeze_last_layer). The other
+    methods have no prototypes."""
     ema_tau: float = 0.99
     """Share of the target network that its first update keeps, 0 to 1; rises to 1 along a cosine."""
 
@@ -67,7 +84,11 @@ class OptimConfig:
             ("base_lr", 0 < self.base_lr < math.inf, "give a number above 0"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "give 0 or more"),
             ("momentum", 0 <= self.momentum < 1, "give 0 up to but not 1"),
+            ("lars_eta", 0 < self.lars_eta < math.inf, "give a number above 0"),
             ("warmup_epochs", 0 <= self.warmup_epochs < math.inf, "give 0 or more epochs"),
+            ("warmup_start_lr", 0 <= self.warmup_start_lr < math.inf, "give 0 or more"),
+            ("clip_grad", 0 <= self.clip_grad < math.inf, "give a number above 0, or 0 for no limit"),
+            ("freeze_prototypes_epochs", 0 <= self.freeze_prototypes_epochs < math.inf, "give 0 or more epochs"),
             ("ema_tau", 0 <= self.ema_tau <= 1, "give 0 to 1"),
         ):
             if not allowed:
@@ -95,20 +116,64 @@ def make_optimizer(named_parameters: Iterable[tuple[str, nn.Parameter]], config:
     return OPTIMIZERS[config.optimizer](groups, config)
 
 
+@torch.no_grad()
+def clip_gradients_(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
+    """Scales each gradient that is longer than `max_norm` to that length; the host waits for nothing.
+
+    DINO's rule (github.com/facebookresearch/dino, utils.clip_gradients): gradient * min(max_norm / (|gradient| + 1e-6), 1). Parameters
+    without a gradient are passed over. ValueError unless max_norm is above 0.
+    Trap: not `torch.nn.utils.clip_grad_norm_`, which takes one norm over all parameters.
+    """
+    if not max_norm > 0:
+        raise ValueError(f"max_norm={max_norm} is not possible; give a number above 0, or do not clip")
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return
+    factors = torch._foreach_norm(gradients)
+    torch._foreach_add_(factors, 1e-6)
+    torch._foreach_reciprocal_(factors)
+    torch._foreach_mul_(factors, max_norm)
+    torch._foreach_clamp_max_(factors, 1.0)
+    torch._foreach_mul_(gradients, factors)
+
+
+def adjust_gradients_(network: nn.Module, config: OptimConfig, epoch: float) -> None:
+    """The gradients as the optimizer shall see them: clipped, and none for prototypes that are frozen in this epoch.
+
+    For between the backward pass and the step; `epoch` = step / steps per epoch. A frozen parameter has no gradient instead of zeros, as
+    in DINO's public code (utils.cancel_gradients_last_layer): zeros would still let weight decay and momentum move it.
+    """
+    if config.clip_grad:
+        clip_gradients_(network.parameters(), config.clip_grad)
+    if epoch < config.freeze_prototypes_epochs:
+        for module in network.modules():
+            if isinstance(module, Prototypes):
+                module.weight.grad = None
+
+
+def all_finite(tensors: Iterable[torch.Tensor | None]) -> bool:
+    """Whether no number in them is inf or nan. Trap: the host waits for the device."""
+    norms = torch._foreach_norm([tensor for tensor in tensors if tensor is not None])
+    return bool(torch.stack(norms).isfinite().all())
+
+
 def peak_lr(base_lr: float, batch_size: int) -> float:
     """The learning rate at the end of the warm-up: base_lr * batch_size / 256 (Goyal et al. 2017), batch_size being the global one."""
     return base_lr * batch_size / 256
 
 
-def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float) -> float:
-    """Learning rate of this step: linear from 0 to `peak` at `warmup_steps`, then a cosine that reaches 0 at `total_steps`.
+def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float, start: float = 0.0) -> float:
+    """Learning rate of this step: linear from `start` to `peak` at `warmup_steps`, then a cosine that reaches 0 at `total_steps`.
 
-    As in BYOL's public code. Trap: step 0 of a run with warm-up has rate 0.
+    As in BYOL's public code, whose start is 0. Without warm-up `start` means nothing. ValueError if the warm-up is no shorter than the
+    run, or falls instead of rising. Trap: step 0 of a run with warm-up and a start of 0 changes nothing but the momentum.
     """
     if warmup_steps >= total_steps:
         raise ValueError(f"warmup_steps={warmup_steps} must be fewer than the run's {total_steps} steps; warm up shorter or train longer")
+    if warmup_steps and start > peak:
+        raise ValueError(f"warmup_start_lr={start:g} must not be above the peak learning rate of {peak:g}; give a smaller one")
     if step < warmup_steps:
-        return peak * step / warmup_steps
+        return start + (peak - start) * step / warmup_steps
     progress = min((step - warmup_steps) / (total_steps - warmup_steps), 1.0)
     return peak * (1 + math.cos(math.pi * progress)) / 2
 
