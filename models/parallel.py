@@ -132,7 +132,7 @@ def sync_batch_norms(module: nn.Module, group_size: int | None = None) -> nn.Mod
             sizes = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
             raise ValueError(f"group_size={group_size} does not divide the {world} processes; give one of {sizes}, or None for all")
         group = distributed.new_subgroups(group_size)[0] if _is_running() and group_size < world else None
-    if any(tensor.device.type != "cpu" for tensor in module.parameters()):
+    if any(tensor.device.type != "cpu" for tensor in (*module.parameters(), *module.buffers())):
         return nn.SyncBatchNorm.convert_sync_batchnorm(module, group)
     for layer in module.modules():
         if isinstance(layer, _BatchNorm):

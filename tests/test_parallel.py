@@ -195,8 +195,9 @@ def test_gather_is_in_order_of_rank_for_any_dtype_without_gradient(found: dict[i
             assert torch.equal(gathered, (values % 3).to(dtype))
 
 
-def test_off_the_cpu_the_norms_are_torchs() -> None:
-    layer = sync_batch_norms(nn.Sequential(nn.BatchNorm2d(3, device="meta")))[0]  # type: ignore[index]
+@pytest.mark.parametrize("affine", [True, False])
+def test_off_the_cpu_the_norms_are_torchs(affine: bool) -> None:
+    layer = sync_batch_norms(nn.Sequential(nn.BatchNorm2d(3, affine=affine, device="meta")))[0]  # type: ignore[index]
     assert type(layer) is nn.SyncBatchNorm
 
 
