@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import gc
 import io
 import json
-import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -26,15 +26,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cossl.models import checkpoint, probe, run_folder
-from cossl.models.co_ssl import TARGET_VIEWS, CoSsl, LossConfig, ModelConfig, effective_rank, has_collapsed
-from cossl.models.optim import OptimConfig, ema_tau, learning_rate, make_optimizer, peak_lr
+from cossl.models.co_ssl import TARGET_VIEWS, CoSsl, LossConfig, ModelConfig, has_collapsed
+from cossl.models.launch import any_rank, choose_device, first_rank, join, leave
+from cossl.models.optim import OptimConfig, adjust_gradients_, all_finite, ema_tau, learning_rate, make_optimizer, peak_lr
+from cossl.models.parallel import ALONE, Ranks, current_ranks, distribute
+from cossl.models.progress import Log, Meter
 from cossl.models.run_folder import flatten
 from cossl.models.run_folder import replace_text as replace_text
 from cossl.pipelines import LoaderConfig, choose_backend, find_split, make_loader
 from cossl.pipelines.augment import augment, normalize
 from cossl.pipelines.batch import Batch, Loader, LoaderSpec, to_device
-from cossl.pipelines.convert import convert
-from cossl.pipelines.demo_set import make_demo_set
+from cossl.pipelines.demo_set import demo_data
 from cossl.pipelines.picture import draw_batch, draw_curves
 from cossl.pipelines.positions import PositionsConfig, PositionSpec
 from cossl.pipelines.views import ViewsConfig, evaluation
@@ -61,16 +63,26 @@ class Config:
     """Where the run is written; default runs/<preset>-<date>-<time>."""
     resume: bool = False
     """Go on from the last checkpoint in --run-dir."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """bf16 autocast, or float32 throughout."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """bf16 autocast, fp16 autocast with a loss scaler (it waits for the device at every step), or float32 (on a GPU with TF32 products)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPU if there is one."""
     compile: bool = True
     """torch.compile the model on a GPU; on a CPU it gains nothing and is left out."""
+    recompute: bool = False
+    """Compute the backbone's activations again in the backward pass instead of keeping them: less memory, about a third more work."""
+    sync_norms: bool = True
+    """Batch norms over all devices. False: each over its own pictures, and a checkpoint holds the statistics of the first device."""
+    norm_group: int = 0
+    """Devices whose batch norms go together, with --sync-norms; 0 means all."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss that is not finite stops the run within --log-every steps; or the step is left out and counted, which waits for the device."""
     log_every: int = 50
     """Steps between two lines of metrics.jsonl, which is also how often the host waits for the device."""
     checkpoint_every: int = 0
-    """Steps between two checkpoints; 0 means once an epoch."""
+    """Steps between two checkpoints; 0 means once an epoch. The last two are kept."""
+    keep_every: int = 0
+    """Epochs between two checkpoints that are kept for good, as epoch-0010.pt; 0 keeps none."""
     eval_px: int = 224
     """Side of the pictures on which the frozen features are tested."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -81,9 +93,13 @@ class Config:
     loader: LoaderConfig = field(default_factory=LoaderConfig)
 
     def __post_init__(self) -> None:
-        for name, low in [("epochs", 1), ("batch_size", 2), ("log_every", 1), ("checkpoint_every", 0), ("seed", 0), ("eval_px", 16)]:
+        for name, low in [("epochs", 1), ("batch_size", 2), ("log_every", 1), ("checkpoint_every", 0), ("keep_every", 0), ("seed", 0)]:
             if getattr(self, name) < low:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected {low} or more")
+        if self.model.predictors == "per_size" and self.views.recipe != "multi_crop":
+            raise ValueError("--model.predictors per_size is for small views, which only --views.recipe multi_crop has: use shared")
+        if self.recompute and self.compile and self.device != "cpu":
+            raise ValueError("--recompute True works on the model as it is written: add --compile False")
         if self.device_batch_size and (self.device_batch_size < 2 or self.batch_size % self.device_batch_size):
             fits = [n for n in range(2, self.batch_size + 1) if self.batch_size % n == 0]
             near = min(fits, key=lambda n: abs(n - self.device_batch_size))
@@ -114,10 +130,46 @@ def imagenette() -> Config:
 
 def in1k() -> Config:
     """The headline run: RF99-ResNet50, 100 epochs of ImageNet-1K, batch 4096, BYOL's 100-epoch recipe (needs GPUs)."""
-    return Config()
+    return Config()  # deepmind-research/byol, configs/byol.py: LARS 0.45, weight decay 1e-6, tau 0.99, warm-up 10, 4096/256
+
+
+def in1k_dino() -> Config:
+    """CO-DINO: RF99-ResNet50, 100 epochs of ImageNet-1K, 2 x 224 + 8 x 96, the recipe of DINO's README for ResNet-50."""
+    # facebookresearch/dino: --optimizer sgd --lr 0.03 --weight_decay 1e-4, crops 0.14 and 0.05, batch 512; the rest are main_dino.py's
+    # defaults. Deviations: ReLU in the heads, there GELU; the learning rate ends at 0, there at 1e-6.
+    model = ModelConfig(method="dino", hidden_dim=2048, head_norm="none", joint_views=True)
+    sgd = OptimConfig("sgd", base_lr=0.03, weight_decay=1e-4, ema_tau=0.996, clip_grad=3.0, freeze_prototypes_epochs=1.0)
+    return Config(batch_size=512, model=model, optim=sgd, views=ViewsConfig("multi_crop", crop_min=0.14, local_crops_number=8))
+
+
+def in1k_mocov3() -> Config:
+    """CO-MoCo v3: RF99-ResNet50, 100 epochs of ImageNet-1K, batch 4096, MoCo v3's 100-epoch recipe."""
+    # facebookresearch/moco-v3, README and main_moco.py: LARS 0.6, 1e-6, m 0.99, T 1.0, crop-min 0.2, 4096/256, norm on the projections.
+    model, optim = ModelConfig(method="mocov3", output_norm=True), OptimConfig(base_lr=0.6)
+    return Config(model=model, optim=optim, views=ViewsConfig(crop_min=0.2))
+
+
+def in100() -> Config:
+    """CO-BYOL: RF99-ResNet50, 400 epochs of ImageNet-100, batch 256, solo-learn's recipe for BYOL."""
+    # vturrisi/solo-learn, imagenet-100/byol.yaml: LARS 0.5, eta 0.02, clip_lr, 1e-6, warm-up 10 from 3e-5, predictor 8192, tau 0.99.
+    optim = OptimConfig(base_lr=0.5, lars_eta=0.02, lars_clip=True, warmup_start_lr=3e-5)
+    return Config(epochs=400, batch_size=256, model=ModelConfig(predictor_hidden_dim=8192), optim=optim)
+
+
+def in100_resnet18() -> Config:
+    """CO-BYOL: torchvision's ResNet-18, 400 epochs of ImageNet-100, batch 256: solo-learn's own BYOL has 80.3 there."""
+    return replace(in100(), model=replace(in100().model, backbone="resnet18", receptive_field=None, mlp_after_pool=0))
+
+
+def tiny_imagenet() -> Config:
+    """CO-BYOL: RF29-ResNet18 on 64 px of Tiny-ImageNet, with the optimizer of in100: a reading, no recipe is published."""
+    model = replace(in100().model, backbone="rf_resnet18", receptive_field=29)
+    return replace(in100(), eval_px=64, model=model, views=ViewsConfig(size_px=64, crop_min=0.2))
 
 
 PRESETS: dict[str, Callable[[], Config]] = {"demo": demo, "imagenette": imagenette, "in1k": in1k}
+PRESETS |= {"in1k-dino": in1k_dino, "in1k-mocov3": in1k_mocov3, "in100": in100, "in100-resnet18": in100_resnet18}
+PRESETS |= {"tiny-imagenet": tiny_imagenet}
 
 T = TypeVar("T")
 
@@ -140,7 +192,7 @@ def parse_flags(kind: type[T], argv: Sequence[str], prog: str, description: str,
 
 def parse(argv: Sequence[str]) -> tuple[str, Config]:
     """Preset name and config of `cossl train PRESET [flags]`."""
-    listing = "\n".join(f"  {name:<12}{preset.__doc__}" for name, preset in PRESETS.items())
+    listing = "\n".join(f"  {name:<16}{preset.__doc__}" for name, preset in PRESETS.items())
     if not argv or argv[0] in ("-h", "--help"):
         say(f"usage: cossl train PRESET [flags]\n\npresets:\n{listing}\n\nflags: cossl train PRESET --help")
         raise SystemExit(0 if argv else 2)
@@ -154,20 +206,6 @@ def parse(argv: Sequence[str]) -> tuple[str, Config]:
 # ------------------------------------------------------------------------------------------------- its pictures
 
 
-def cache_dir() -> Path:
-    """Where generated pictures are kept: $COSSL_CACHE, else ~/.cache/cossl."""
-    return Path(os.environ.get("COSSL_CACHE") or "~/.cache/cossl").expanduser()
-
-
-def demo_data() -> Path:
-    """Folder of the demo pictures, generated and converted the first time."""
-    root = make_demo_set(cache_dir())
-    for split in ("train", "val"):
-        if not (root / f"{split}.beton").is_file():
-            convert(root / split, root / f"{split}.beton", num_workers=os.cpu_count() or 1)
-    return root
-
-
 def position_specs(config: Config, model: CoSsl) -> tuple[PositionSpec, ...]:
     """For each view size what positions its map has and which are drawn, the global views' first; none for small views left out."""
     sizes = dict.fromkeys(view.size_px for view in config.views.specs())
@@ -176,15 +214,15 @@ def position_specs(config: Config, model: CoSsl) -> tuple[PositionSpec, ...]:
     return tuple(config.positions.spec(*model.position_grid(px), small=small[px]) for px in used)
 
 
-def open_loaders(config: Config, positions: tuple[PositionSpec, ...]) -> tuple[Loader, Loader, Loader]:
-    """Loaders of the training views, and of train and val pictures as they are."""
+def open_loaders(config: Config, positions: tuple[PositionSpec, ...], ranks: Ranks = ALONE) -> tuple[Loader, Loader, Loader]:
+    """Loaders of the training views (this rank's part of each batch), and of train and val pictures as they are."""
     how, backend, workers, data = config.loader, config.loader.backend, config.loader.workers, config.data or Path()
     synthetic = backend == "synthetic"
     if config.data is None and not synthetic:
         raise ValueError("--data is missing: give a folder with train.beton and val.beton (see `cossl convert`), or with train/ and val/")
     train, val = (data if synthetic else find_split(data, split, backend) for split in ("train", "val"))
-    recipe = config.views.specs()
-    seen = LoaderSpec(recipe, config.batch_size, config.seed, positions, workers, how.batches_ahead, True, how.order, how.os_cache)
+    ahead, part = (how.batches_ahead, True, how.order, how.os_cache), (ranks.rank, ranks.world_size)
+    seen = LoaderSpec(config.views.specs(), config.batch_size, config.seed, positions, workers, *ahead, *part)
     plain = LoaderSpec(evaluation(config.eval_px), 256, workers=workers, shuffle=False)
     loaders = [make_loader(backend, source, spec) for source, spec in [(train, seen), (train, plain), (val, plain)]]
     if loaders[1].class_names != loaders[2].class_names:
@@ -200,7 +238,9 @@ RESUME_MAY_CHANGE = "data run_dir resume eval_px log_every checkpoint_every load
 
 
 def say(line: str) -> None:
-    print(line, flush=True)
+    """Prints it, once for all ranks."""
+    if current_ranks().rank == 0:
+        print(line, flush=True)
 
 
 def load_checkpoint(run_dir: Path, config: Config, num_samples: int) -> tuple[dict[str, Any], str]:
@@ -215,125 +255,147 @@ def load_checkpoint(run_dir: Path, config: Config, num_samples: int) -> tuple[di
 # ------------------------------------------------------------------------------------------------- one step
 
 Forward = Callable[[list[Tensor], Tensor], dict[str, Tensor]]
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def step_(
-    model: CoSsl, forward: Forward, optimizer: torch.optim.Optimizer, batch: Batch, config: Config, lr: float, tau: float
-) -> dict[str, Tensor]:
-    """One optimizer step and one target update; the model's terms stay on the device. `forward` is the model, perhaps compiled.
+@dataclass
+class State:
+    """What steps change: all of it is in a checkpoint."""
 
-    A batch larger than `device_batch_size` passes in parts, whose gradients add up to those of their mean loss.
-    Beside the terms: positions per view that take part, and the share of views that have none.
+    model: CoSsl
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    step: int = 0
+    timed: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    """[steps, seconds] so far, which `Meter` counts."""
+    window: dict[str, Tensor] = field(default_factory=dict)
+    """Sums of the terms since the last line of metrics.jsonl."""
+
+    def save(self) -> dict[str, Any]:
+        parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler")}
+        return parts | {"step": self.step, "timed": self.timed, "window": self.window}
+
+    def load(self, saved: dict[str, Any], device: torch.device) -> None:
+        for name in ("model", "optimizer", "scaler"):
+            getattr(self, name).load_state_dict(saved[name])
+        self.step, self.timed, self.window = saved["step"], saved["timed"], {k: v.to(device) for k, v in saved["window"].items()}
+
+
+def step_(state: State, forward: Forward, batch: Batch, config: Config, lr: float, tau: float, epoch: float) -> None:
+    """One optimizer step and one target update; adds the model's terms to the window, on the device.
+
+    `forward` is the model, perhaps compiled and distributed. A batch larger than `device_batch_size` passes in parts, whose gradients
+    add up to those of their mean loss. Beside the terms: positions per view that take part, the share of views that have none, and 1
+    for a step that counts.
     """
-    size = config.device_batch_size or len(batch.index)
+    model, device = state.model, batch.index.device
+    size, before = config.device_batch_size or len(batch.index), None
+    if config.on_nonfinite == "skip":
+        before = [buffer.clone() for buffer in model.buffers()]  # a forward pass has moved the running statistics by the time one knows
     parts = [slice(first, first + size) for first in range(0, len(batch.index), size)]
-    optimizer.zero_grad(set_to_none=True)
+    state.optimizer.zero_grad(set_to_none=True)
     every = []
     for part in parts:
-        views = [augment(view[part], batch.photometry[part, v]) for v, view in enumerate(batch.split())]
-        with torch.autocast(batch.index.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            terms = forward(views, batch.positions[part])
-        (terms["loss"] / len(parts)).backward()
+        with contextlib.nullcontext() if part is parts[-1] else getattr(forward, "no_sync", contextlib.nullcontext)():
+            views = [augment(view[part], batch.photometry[part, v]) for v, view in enumerate(batch.split())]
+            with torch.autocast(device.type, AUTOCAST.get(config.precision), enabled=config.precision in AUTOCAST):
+                terms = forward(views, batch.positions[part])
+            state.scaler.scale(terms["loss"] / len(parts)).backward()
         every.append({name: term.detach() for name, term in terms.items()})
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    model.update_target_(tau)
     drawn = batch.positions[:, : None if config.loss.small_views else len(TARGET_VIEWS)] >= 0
     positions = {"positions": drawn.sum(2).float().mean(), "views_without_position": 1 - drawn.any(2).float().mean()}
-    return {name: torch.stack([terms[name] for terms in every]).mean(0) for name in every[0]} | positions
+    terms = {name: torch.stack([terms[name] for terms in every]).mean(0) for name in every[0]} | positions
+    state.step += 1
+    if before is not None and not all_finite(p.grad for p in model.parameters()):
+        for buffer, value in zip(model.buffers(), before, strict=True):
+            buffer.copy_(value)
+        terms = {name: torch.zeros_like(term) for name, term in terms.items()} | {"steps": torch.zeros((), device=device)}
+    else:
+        update_(state, config, lr, epoch)
+        model.update_target_(tau)
+        terms["steps"] = torch.ones((), device=device)
+    state.window = {name: state.window[name] + term if name in state.window else term for name, term in terms.items()}
+
+
+def update_(state: State, config: Config, lr: float, epoch: float) -> None:
+    """The optimizer's step by the gradients at hand."""
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr
+    state.scaler.unscale_(state.optimizer)
+    adjust_gradients_(state.model.online, config.optim, epoch)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
 
 
 # ------------------------------------------------------------------------------------------------- the loop
 
 
 def train(config: Config, model: CoSsl, loader: Loader, device: torch.device, run_dir: Path) -> float:
-    """Trains to the end, from the checkpoint if resuming; returns pictures per second."""
-    optimizer = make_optimizer(model.online.named_parameters(), config.optim)
-    steps_per_epoch, total = len(loader), config.epochs * len(loader)
-    warmup, peak = round(config.optim.warmup_epochs * steps_per_epoch), peak_lr(config.optim.base_lr, config.batch_size)
-    step, window, timed = 0, {}, [0.0, 0.0]
+    """Trains to the end, from the checkpoint if resuming; returns pictures per second. The first rank alone writes."""
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+    state = State(model, make_optimizer(model.online.named_parameters(), config.optim), scaler)
+    steps_per_epoch, total, ranks = len(loader), config.epochs * len(loader), model.ranks
+    model.online.backbone.recompute = config.recompute
+    if config.compile and device.type == "cuda":
+        model.compile(fullgraph=True)  # before DDP wraps it, which cannot be traced
+    forward: Any = distribute(model, config.sync_norms, config.norm_group or None) if ranks.world_size > 1 else model
     if config.resume:
-        state, found = load_checkpoint(run_dir, config, loader.num_samples)
-        step, window, timed = state["step"], {k: v.to(device) for k, v in state["window"].items()}, state["timed"]
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        run_folder.keep_metrics(run_dir / "metrics.jsonl", step)
-        say(f"resumed at step {step:,} of {total:,} from {found}")
-    forward = torch.compile(model) if config.compile and device.type == "cuda" else model
-    meter, collapsed = Meter(total, step, config.batch_size, timed), False
+        saved, found = load_checkpoint(run_dir, config, loader.num_samples)
+        state.load(saved, device)
+        say(f"resumed at step {state.step:,} of {total:,} from {found}")
+    if ranks.rank == 0:
+        run_folder.keep_metrics(run_dir / "metrics.jsonl", state.step)
+    warmup, peak = round(config.optim.warmup_epochs * steps_per_epoch), peak_lr(config.optim.base_lr, config.batch_size)
+    meter = Meter(total, state.step, state.timed, config.batch_size, ranks.rank > 0)
+    log = Log(run_dir / "metrics.jsonl", config.log_every, steps_per_epoch, ranks)
     stop = run_folder.StopRequest(run_folder.deadline(STOP_BEFORE_END_S))
-    with open(run_dir / "metrics.jsonl", "a") as metrics, stop:
-        while step < total:
-            epoch, first = divmod(step, steps_per_epoch)
+    with stop, manual_gc():
+        while state.step < total:
+            epoch, first = divmod(state.step, steps_per_epoch)
             for batch in to_device(loader.epoch(epoch, first), device):
-                lr, tau = learning_rate(step, total, warmup, peak), ema_tau(step, total, config.optim.ema_tau)
-                terms = step_(model, forward, optimizer, batch, config, lr, tau)
-                step += 1
-                window = {k: window[k] + v if k in window else v.clone() for k, v in terms.items()}
+                lr = learning_rate(state.step, total, warmup, peak, config.optim.warmup_start_lr)
+                tau = ema_tau(state.step, total, config.optim.ema_tau)
+                step_(state, forward, batch, config, lr, tau, state.step / steps_per_epoch)
                 meter.tick()
-                if step % config.log_every == 0 or step == total:
-                    length = (step - 1) % config.log_every + 1
-                    covariance = window.pop("covariance") / length
-                    record = {k: v / length for k, v in zip(window, torch.stack(list(window.values())).tolist(), strict=True)}
-                    window = {}
-                    if not all(abs(v) < float("inf") for v in record.values()):
-                        raise RuntimeError(f"loss not finite between steps {step - length} and {step}: {record}; lower --optim.base-lr")
-                    record["rank"] = effective_rank(covariance)
-                    line = {"step": step, "epoch": step / steps_per_epoch, **record, "lr": lr, "ema_tau": tau}
-                    metrics.write(json.dumps(line | {"images_per_s": round(meter.rate(), 1)}) + "\n")
-                    metrics.flush()
-                    meter.report(step, record, epoch, config.epochs)
-                    collapsed, before = has_collapsed(record["std"], record["rank"]), collapsed
-                    if collapsed and not before:
-                        shape = f"spread {record['std']:.2f}, rank {record['rank']:.1f}"
-                        say(f"step {step:,}: the projections collapsed ({shape}); try --model.output-norm True, a lower --optim.base-lr")
-                stopping = bool(stop)
-                if stopping or step == total or step % (config.checkpoint_every or steps_per_epoch) == 0:
-                    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "window": window, "step": step}
-                    state |= {"num_samples": loader.num_samples, "timed": meter.timed}
-                    checkpoint.save(run_dir, state | run_folder.stamp(flatten(config), RESUME_MAY_CHANGE))
+                if state.step % config.log_every == 0 or state.step == total:
+                    shown = {"lr": lr, "ema_tau": tau, "images_per_s": round(meter.rate(), 1)}
+                    meter.report(log.write(state.window, state.step, shown), state.step, epoch, config.epochs)
+                    state.window = {}
+                stopping = any_rank(bool(stop))
+                if stopping or state.step == total or state.step % (config.checkpoint_every or steps_per_epoch) == 0:
+                    save(state, config, loader, run_dir)
                 if stopping:
                     meter.close()
-                    say(f"stopped after step {step:,} of {total:,} by {stop.reason}; go on with --resume --run-dir {run_dir}")
+                    say(f"stopped after step {state.step:,} of {total:,} by {stop.reason or 'another rank'}; go on with --resume")
                     raise SystemExit(run_folder.REQUEUE_EXIT_CODE)
     meter.close()
     return meter.rate()
 
 
-class Meter:
-    """Pictures per second, restarts included but not the first step after each (it compiles), and progress on stderr.
+def save(state: State, config: Config, loader: Loader, run_dir: Path) -> None:
+    """A checkpoint, by the first rank. RuntimeError, and the ones before stay, where the weights are not finite."""
+    gc.collect()
+    if state.model.ranks.rank:
+        return
+    if not all_finite(state.model.parameters()):
+        raise RuntimeError(
+            f"weights not finite at step {state.step}: no checkpoint written, the last ones are whole; lower --optim.base-lr"
+        )
+    epoch, rest = divmod(state.step, len(loader))
+    kept = epoch if config.keep_every and not rest and epoch % config.keep_every == 0 else None
+    stamp = run_folder.stamp(flatten(config), RESUME_MAY_CHANGE) | {"num_samples": loader.num_samples}
+    checkpoint.save(run_dir, state.save() | stamp, kept)
 
-    `timed` is [steps, seconds] so far; it travels in the checkpoint. Progress is a bar, or a line every 15 s without a terminal.
-    """
 
-    def __init__(self, total: int, step: int, batch_size: int, timed: list[float]):
-        self.batch_size, self.timed = batch_size, timed
-        self.bar = tqdm(total=total, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
-        self.last: float | None = None
-        self.reported = time.perf_counter()
-
-    def tick(self) -> None:
-        now = time.perf_counter()
-        if self.last is not None:
-            self.timed = [self.timed[0] + 1, self.timed[1] + now - self.last]
-        self.last = now
-        self.bar.update()
-
-    def rate(self) -> float:
-        return self.timed[0] * self.batch_size / max(self.timed[1], 1e-9)
-
-    def report(self, step: int, record: dict[str, float], epoch: int, epochs: int) -> None:
-        text = f"epoch {epoch + 1}/{epochs}  loss {record['loss']:.3f}  spread {record['std']:.2f}  {self.rate():,.0f} pictures/s"
-        if not self.bar.disable:
-            self.bar.set_description(text)
-        elif time.perf_counter() - self.reported > 15 or step == self.bar.total:
-            self.reported = time.perf_counter()
-            left = (self.bar.total - step) * self.batch_size / max(self.rate(), 1e-9)
-            print(f"{text}  {left / 60:.1f} min left", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        self.bar.close()
+@contextlib.contextmanager
+def manual_gc() -> Iterator[None]:
+    """Garbage is collected when a checkpoint is written and not in the middle of a step, at another moment on every rank."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 # ------------------------------------------------------------------------------------------------- the evaluation
@@ -376,45 +438,72 @@ def show(results: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------- end to end
 
 
-def build(config: Config, device: torch.device) -> CoSsl:
+def build(config: Config, device: torch.device, ranks: Ranks = ALONE) -> CoSsl:
     """The model as the seed makes it."""
     torch.manual_seed(config.seed)
-    return CoSsl(config.model, config.loss).to(device).to(memory_format=torch.channels_last)
+    return CoSsl(config.model, config.loss, ranks).to(device).to(memory_format=torch.channels_last)
 
 
 Ready = tuple[Config, Path, torch.device, dict[str, CoSsl], tuple[PositionSpec, ...], tuple[Loader, Loader, Loader]]
 
 
-def setup(preset: str, config: Config) -> Ready:
-    """Everything that a wrong flag, path or file can spoil, before anything is trained."""
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no GPU is visible to torch; use --device cpu, or mend the driver")
-    device = torch.device("cuda" if config.device == "auto" and torch.cuda.is_available() else config.device.replace("auto", "cpu"))
-    run_dir = run_folder.choose(config.run_dir, config.resume, preset)
-    networks = {name: build(config, device) for name in ("trained", "untrained")}
+def setup(preset: str, config: Config, held: contextlib.ExitStack) -> Ready:
+    """Everything that a wrong flag, path or file can spoil, before anything is trained; what must last as long as the run is `held`."""
+    device = choose_device(config.device)
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")  # TF32 where there is some
+    ranks = join(device)
+    held.callback(leave)
+    share = config.batch_size // ranks.world_size
+    if config.device_batch_size and share % config.device_batch_size:
+        raise ValueError(f"--device-batch-size {config.device_batch_size} does not divide the {share} pictures of each device")
+    run_dir = first_rank(lambda: run_folder.choose(config.run_dir, config.resume, preset))
+    networks = {"trained": build(config, device, ranks), "untrained": build(config, device)}
     positions = position_specs(config, networks["trained"])
     if preset == "demo" and config.data is None and config.loader.backend != "synthetic":
-        config = replace(config, data=demo_data())
-    loaders = open_loaders(config, positions)
+        config = replace(config, data=first_rank(demo_data))
+    loaders = open_loaders(config, positions, ranks)
+    for loader in loaders:
+        held.callback(loader.close)
     if config.resume:
         load_checkpoint(run_dir, config, loaders[0].num_samples)
+
+    def take() -> None:
+        held.enter_context(run_folder.lock(run_dir))
+        run_folder.choose(run_dir, config.resume, preset)  # what was free before the lock may not be now
+
+    first_rank(take)
     return config, run_dir, device, networks, positions, loaders
 
 
+def describe(ready: Ready) -> None:
+    """Writes what the run is into its folder, and says it."""
+    config, run_dir, device, networks, positions, loaders = ready
+    backbone, ranks = networks["trained"].online.backbone, networks["trained"].ranks
+    grids = ", ".join(f"{p.size} x {p.size} positions that see {p.receptive_field_px:.0f} px each of {p.view_px}" for p in positions)
+    say(f"{config.model.method}, {config.model.backbone}: {sum(p.numel() for p in backbone.parameters()) / 1e6:.2f} M parameters, {grids}")
+    share, steps = config.batch_size // ranks.world_size, len(loaders[0])
+    at_once, peak = config.device_batch_size or share, peak_lr(config.optim.base_lr, config.batch_size)
+    say(
+        f"batch {config.batch_size} = {ranks.world_size} x {share // at_once} x {at_once} (devices, accumulated, at once); "
+        f"{config.optim.optimizer}, learning rate to {peak:g} in {config.optim.warmup_epochs * steps:,.0f} steps"
+    )
+    say(f"{config.epochs} epochs of {steps:,} steps = {config.epochs * steps:,} steps, {device.type}, {config.precision} -> {run_dir}")
+
+
 def run(preset: str, ready: Ready) -> None:
-    """Trains, evaluates, writes results.json; what `setup` returned is `ready`."""
+    """Trains, evaluates, writes results.json; what `setup` returned is `ready`. After the training the first rank goes on alone."""
     config, run_dir, device, networks, positions, loaders = ready
     began, model = time.perf_counter(), networks["trained"]
-    replace_text(run_dir / "config.json", json.dumps({"preset": preset} | flatten(config), indent=2))
-    run_folder.record_start(run_dir)
-    size = sum(p.numel() for p in model.online.backbone.parameters()) / 1e6
-    grids = ", ".join(f"{p.size} x {p.size} positions that see {p.receptive_field_px:.0f} px each of {p.view_px}" for p in positions)
-    say(f"{config.model.method}, {config.model.backbone}: {size:.2f} M parameters, {grids}")
-    share, steps, peak = config.device_batch_size or config.batch_size, len(loaders[0]), peak_lr(config.optim.base_lr, config.batch_size)
-    say(f"batch {config.batch_size} = {config.batch_size // share} x {share} on 1 device, {config.optim.optimizer} to {peak:g}")
-    say(f"{config.epochs} epochs of {steps:,} steps = {config.epochs * steps:,} steps, {device}, {config.precision} -> {run_dir}")
-    draw_batch(run_dir / "batch.png", next(iter(loaders[0].epoch(0))), loaders[0].picture, positions[0])
+    describe(ready)
+    if model.ranks.rank == 0:
+        replace_text(run_dir / "config.json", json.dumps({"preset": preset} | flatten(config), indent=2))
+        run_folder.record_start(run_dir)
+        draw_batch(run_dir / "batch.png", next(iter(loaders[0].epoch(0))), loaders[0].picture, positions[0])
     rate = train(config, model, loaders[0], device, run_dir)
+    leave()
+    if model.ranks.rank:
+        return
     results: dict[str, Any] = evaluate(networks, loaders[1], loaders[2], device)
     results |= {"images_per_s": round(rate, 1), "protocol": probe.PROTOCOL | {"eval_px": config.eval_px, "features": "pooled, eval mode"}}
     results |= {"seconds": round(time.perf_counter() - began, 1), "torch": torch.__version__, "device": str(device)}
@@ -423,8 +512,7 @@ def run(preset: str, ready: Ready) -> None:
     draw_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
     replace_text(run_dir / "results.json", json.dumps(results, indent=2))
     show(results)
-    for loader in loaders:
-        loader.close()
+    print(run_dir)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -432,9 +520,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with contextlib.ExitStack() as held:
         try:
             preset, config = parse(sys.argv[1:] if argv is None else argv)
-            ready = setup(preset, config)
-            held.enter_context(run_folder.lock(ready[1]))
-            run_folder.choose(ready[1], config.resume, preset)  # what was free before the lock may not be now
+            ready = setup(preset, config, held)
         except BrokenPipeError:  # `cossl train demo --help | head`
             raise SystemExit(1) from None
         except (ValueError, OSError, ImportError) as error:
@@ -448,7 +534,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         except OSError as error:  # a full disk: the checkpoint before is whole
             print(f"cossl train: {error}; then go on with --resume --run-dir {ready[1]}", file=sys.stderr)
             raise SystemExit(1) from None
-    say(str(ready[1]))
 
 
 if __name__ == "__main__":

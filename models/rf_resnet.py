@@ -5,7 +5,8 @@ j = jump = distance of two neighbouring positions in view pixels.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -63,8 +64,12 @@ class ResNet(nn.Module):
 
 def _recomputed(stage: nn.Module, y: Tensor) -> Tensor:
     for block in stage.children():
-        y = checkpoint(block, y, use_reentrant=False, context_fn=lambda block=block: (nullcontext(), _statistics_stand(block)))
+        y = checkpoint(block, y, use_reentrant=False, context_fn=partial(_contexts, block))
     return y
+
+
+def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), _statistics_stand(block)
 
 
 @contextmanager
@@ -72,8 +77,8 @@ def _statistics_stand(block: nn.Module) -> Iterator[None]:
     """Batch norms normalise by the batch as ever, but it does not count a second time in their running statistics."""
     norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+    for norm, (_, tracked) in zip(norms, before, strict=True):
+        norm.momentum, norm.num_batches_tracked = 0.0, None if tracked is None else tracked.clone()
     try:
         yield
     finally:
@@ -391,7 +396,7 @@ def position_grid(backbone: ResNet, view_px: int, stage: int = 4, side: int = 0)
             for name in ("conv1", "conv2", "conv3"):
                 main = _through(main, getattr(block, name, nn.Identity()))
             for layer in (getattr(block, "downsample", None) or nn.Sequential()).children():
-                short = short if isinstance(layer, nn.BatchNorm2d) else _through(short, layer)
+                short = short if isinstance(layer, _BatchNorm) else _through(short, layer)
             # Only paths whose positions share their centres have a union that is the larger of the two boxes.
             assert main._replace(field=0) == short._replace(field=0), (main, short)
             reach = main._replace(field=max(main.field, short.field))

@@ -31,6 +31,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from cossl.pipelines.convert import convert
+
 Plane = NDArray[np.float32]
 
 VERSION = "v3"  # part of the folder's name: raise it with every change that alters a pixel
@@ -254,3 +256,17 @@ def make_demo_set(cache: Path, seed: int = 0, count: tuple[int, int] = (TRAIN_CO
     if quiet:
         print(f"demo set: {sum(count)} pictures in {time.perf_counter() - start:.1f} s", file=sys.stderr)
     return final
+
+
+def cache_dir() -> Path:
+    """Where generated pictures are kept: $COSSL_CACHE, else ~/.cache/cossl."""
+    return Path(os.environ.get("COSSL_CACHE") or "~/.cache/cossl").expanduser()
+
+
+def demo_data() -> Path:
+    """Folder of the demo pictures, generated and converted the first time."""
+    root = make_demo_set(cache_dir())
+    for split in ("train", "val"):
+        if not (root / f"{split}.beton").is_file():
+            convert(root / split, root / f"{split}.beton", num_workers=os.cpu_count() or 1)
+    return root

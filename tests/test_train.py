@@ -150,12 +150,14 @@ def test_parts_of_a_batch_add_up_to_the_gradients_of_their_mean_loss() -> None:
     twin = copy.deepcopy(model)
     spec = LoaderSpec(config.views.specs(), 8, positions=train.position_specs(config, model))
     batch = next(SyntheticLoader(Path(), spec).epoch(0))
-    terms = train.step_(model, model, make_optimizer(model.online.named_parameters(), config.optim), batch, config, 0.5, 0.9)
+    optimizer = make_optimizer(model.online.named_parameters(), config.optim)
+    state = train.State(model, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    train.step_(state, model, batch, config, 0.5, 0.9, 0)
     losses = []
     for part in (slice(0, 4), slice(4, 8)):
         views = [augment(view[part], batch.photometry[part, v]) for v, view in enumerate(batch.split())]
         losses.append(twin(views, batch.positions[part])["loss"])
-    torch.testing.assert_close(terms["loss"], torch.stack(losses).mean())
+    torch.testing.assert_close(state.window["loss"], torch.stack(losses).mean())
     parameters = list(twin.online.parameters())
     gradients = torch.autograd.grad(torch.stack(losses).mean(), parameters)
     for ours, before, gradient in zip(model.online.parameters(), parameters, gradients, strict=True):
@@ -216,6 +218,7 @@ def test_a_non_finite_loss_names_the_steps(pictures: Path, tmp_path: Path) -> No
         (["demo", "--loss.local-to-global", "1.5"], ["local_to_global=1.5", "0 to 1"]),
         (["demo", "--device-batch-size", "5"], ["--device-batch-size 5", "--batch-size 32", "try 4"]),
         (["demo", "--model.method", "dino", "--model.predictors", "per_size"], ["dino has no predictors"]),
+        (["demo", "--model.predictors", "per_size"], ["per_size", "multi_crop"]),
         (["demo", "--loss.temperature", "0.2"], ["temperature=0.2", "mocov3"]),
         (["demo", "--loader.backend", "synthetic", "--views.recipe", "multi_crop", "--views.local-crops-number", "0"], ["1 or more"]),
         (["demo", "--loss.combine", "product"], ["combine", "product", "convex"]),

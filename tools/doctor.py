@@ -28,11 +28,12 @@ from cossl.pipelines.augment import augment
 from cossl.pipelines.batch import Batch, LoaderSpec
 from cossl.pipelines.beton import Beton, list_image_folder
 from cossl.pipelines.dali_loader import INSTALL_DALI
+from cossl.pipelines.demo_set import cache_dir
 from cossl.pipelines.ffcv_stock import INSTALL_FFCV
 from cossl.pipelines.views import evaluation
 from cossl.tools.bench import Stopwatch, installed, machine, num_cores, progress
 from cossl.tools.bench_pictures import LARGEST_SET, prepare
-from cossl.train import PRESETS, Config, build, cache_dir, parse_flags, position_specs, step_
+from cossl.train import PRESETS, Config, State, build, parse_flags, position_specs, step_
 
 INSTALL_LOG = "pip install -c constraints.txt -e '.[log]'"
 OPTIONAL = {  # package: what it is for, the line that installs it
@@ -187,8 +188,8 @@ def augmenting(batch: Batch, device: torch.device) -> tuple[Stage, float]:
 
 def stepping(config: Config, model: CoSsl, batch: Batch, device: torch.device, augment_s: float) -> Stage:
     """Forward, backward and optimizer of the preset, without its augmentation and without torch.compile."""
-    optimizer = make_optimizer(model.online.named_parameters(), config.optim)
-    seconds = _seconds(lambda: step_(model, model, optimizer, batch, config, 1e-4, 0.99), device)
+    state = State(model, make_optimizer(model.online.named_parameters(), config.optim), torch.amp.GradScaler(device.type, enabled=False))
+    seconds = _seconds(lambda: step_(state, model, batch, config, 1e-4, 0.99, 0), device)
     alone = max(seconds - augment_s, 1e-9)
     seen = f"{1e3 * alone:,.1f} ms a step of {len(batch.index)} pictures, {config.precision}, not compiled"
     faster = "a larger --batch-size, a faster GPU" if device.type == "cuda" else "a GPU, a smaller --model.width"

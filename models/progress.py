@@ -1,0 +1,88 @@
+"""What a run tells while it trains: the lines of metrics.jsonl, and progress on stderr."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cossl.models.co_ssl import effective_rank, has_collapsed
+from cossl.models.parallel import Ranks
+
+
+class Log:
+    """The lines of metrics.jsonl: means since the line before, over the steps that counted and over all ranks."""
+
+    def __init__(self, path: Path, log_every: int, steps_per_epoch: int, ranks: Ranks) -> None:
+        self.path, self.log_every, self.steps_per_epoch, self.ranks, self.collapsed = path, log_every, steps_per_epoch, ranks, False
+
+    def write(self, window: dict[str, Tensor], step: int, shown: dict[str, float]) -> dict[str, float]:
+        """The means of a window's sums, which become a line together with what is `shown`; every rank has to call it.
+
+        Trap: here, and only here, the host waits for the device. RuntimeError naming steps and terms if one is not finite.
+        """
+        length = (step - 1) % self.log_every + 1
+        between = f"between steps {step - length + 1} and {step}"
+        window = {name: self.ranks.gather(term[None]).mean(0) for name, term in window.items()}
+        covariance = window.pop("covariance")
+        sums = dict(zip(window, torch.stack(list(window.values())).tolist(), strict=True))
+        count = sums.pop("steps")
+        record = {name: value / count if count else float("nan") for name, value in sums.items()}
+        bad = [name for name, value in record.items() if not abs(value) < float("inf")]
+        if bad:
+            raise RuntimeError(f"{', '.join(bad)} not finite {between}: the last checkpoint is whole; lower --optim.base-lr")
+        record |= {"rank": effective_rank(covariance / count)} | ({"skipped": length - count} if count < length else {})
+        if self.ranks.rank == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"step": step, "epoch": step / self.steps_per_epoch, **record, **shown}) + "\n")
+            self._warn(step, record)
+        return record
+
+    def _warn(self, step: int, record: dict[str, float]) -> None:
+        before, self.collapsed = self.collapsed, has_collapsed(record["std"], record["rank"])
+        if self.collapsed and not before:
+            shape = f"spread {record['std']:.2f}, rank {record['rank']:.1f}"
+            print(f"step {step:,}: the projections collapsed ({shape}); try --model.output-norm True, a lower --optim.base-lr", flush=True)
+
+
+class Meter:
+    """Pictures per second, restarts included but not the first step after each (it compiles), and progress on stderr.
+
+    Adds to `timed`, which is [steps, seconds] and travels in the checkpoint. Progress is a bar, or a line every 15 s without a terminal.
+    """
+
+    def __init__(self, total: int, step: int, timed: list[float], batch_size: int, silent: bool) -> None:
+        self.batch_size, self.timed, self.silent = batch_size, timed, silent
+        self.bar = tqdm(total=total, initial=step, unit="step", disable=silent or not sys.stderr.isatty(), dynamic_ncols=True)
+        self.last: float | None = None
+        self.reported = time.perf_counter()
+
+    def tick(self) -> None:
+        """A step has ended."""
+        now = time.perf_counter()
+        if self.last is not None:
+            self.timed[0] += 1
+            self.timed[1] += now - self.last
+        self.last = now
+        self.bar.update()
+
+    def rate(self) -> float:
+        """Pictures per second."""
+        return self.timed[0] * self.batch_size / max(self.timed[1], 1e-9)
+
+    def report(self, record: dict[str, float], step: int, epoch: int, epochs: int) -> None:
+        """Shows where the run is; without a terminal at most every 15 s."""
+        text = f"epoch {epoch + 1}/{epochs}  loss {record['loss']:.3f}  spread {record['std']:.2f}  {self.rate():,.0f} pictures/s"
+        if not self.bar.disable:
+            self.bar.set_description(text)
+        elif not self.silent and (time.perf_counter() - self.reported > 15 or step == self.bar.total):
+            self.reported = time.perf_counter()
+            left = (self.bar.total - step) * self.batch_size / max(self.rate(), 1e-9)
+            print(f"{text}  {left / 60:.1f} min left", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Ends the bar."""
+        self.bar.close()
