@@ -79,7 +79,7 @@ def test_two_processes_stopped_and_resumed_by_one_take_the_steps_of_one(pictures
     one, two = (torch.tensor(losses(tmp_path / name)) for name in ("one", "two"))
     torch.testing.assert_close(two[:5], one[:5], rtol=0, atol=1e-3)  # batch norms of a few values double a rounding error every step
     torch.testing.assert_close(two, one, rtol=0, atol=0.1)
-    assert one.std(0).min() > 0.1  # other pictures would be other losses
+    assert one.std(0).min() > 0.06  # other pictures would be other losses
     assert (tmp_path / "two" / "results.json").exists()
 
 
