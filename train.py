@@ -10,29 +10,26 @@ from __future__ import annotations
 import contextlib
 import difflib
 import gc
-import io
 import json
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
-import tyro
 from torch import Tensor
 from tqdm import tqdm
 
 from cossl.models import checkpoint, probe, run_folder
 from cossl.models.co_ssl import TARGET_VIEWS, CoSsl, LossConfig, ModelConfig, has_collapsed
+from cossl.models.features import features, probes
 from cossl.models.launch import any_rank, choose_device, first_rank, join, leave
 from cossl.models.optim import OptimConfig, adjust_gradients_, all_finite, ema_tau, learning_rate, make_optimizer, peak_lr
 from cossl.models.parallel import ALONE, Ranks, current_ranks, distribute
-from cossl.models.progress import Log, Meter
-from cossl.models.run_folder import flatten
-from cossl.models.run_folder import replace_text as replace_text
+from cossl.models.progress import Log, Meter, manual_gc
+from cossl.models.run_folder import flatten, parse_flags, replace_text
 from cossl.pipelines import LoaderConfig, choose_backend, find_split, make_loader
 from cossl.pipelines.augment import augment, normalize
 from cossl.pipelines.batch import Batch, Loader, LoaderSpec, to_device
@@ -98,8 +95,10 @@ class Config:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected {low} or more")
         if self.model.predictors == "per_size" and self.views.recipe != "multi_crop":
             raise ValueError("--model.predictors per_size is for small views, which only --views.recipe multi_crop has: use shared")
+        if self.on_nonfinite == "skip" and self.precision == "fp16":
+            raise ValueError("--on-nonfinite skip: the loss scaler of --precision fp16 skips such steps itself; leave it at stop")
         if self.recompute and self.compile and self.device != "cpu":
-            raise ValueError("--recompute True works on the model as it is written: add --compile False")
+            raise ValueError("--recompute works on the model as it is written: add --no-compile")
         if self.device_batch_size and (self.device_batch_size < 2 or self.batch_size % self.device_batch_size):
             fits = [n for n in range(2, self.batch_size + 1) if self.batch_size % n == 0]
             near = min(fits, key=lambda n: abs(n - self.device_batch_size))
@@ -171,24 +170,6 @@ PRESETS: dict[str, Callable[[], Config]] = {"demo": demo, "imagenette": imagenet
 PRESETS |= {"in1k-dino": in1k_dino, "in1k-mocov3": in1k_mocov3, "in100": in100, "in100-resnet18": in100_resnet18}
 PRESETS |= {"tiny-imagenet": tiny_imagenet}
 
-T = TypeVar("T")
-
-
-def parse_flags(kind: type[T], argv: Sequence[str], prog: str, description: str, default: T | None = None) -> T:
-    """What argv makes of a dataclass. A wrong flag or value is a ValueError of one line (tyro prints a box of several)."""
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            start = tyro.MISSING_NONPROP if default is None else default
-            return tyro.cli(kind, args=argv, prog=prog, description=description, default=start, config=(tyro.conf.FlagCreatePairsOff,))
-    except SystemExit as error:
-        if not error.code:
-            raise
-        lines = [line.strip(" │") for line in box.getvalue().splitlines()]
-        said = [line for line in lines if line and line[0] not in "╭╰─" and not line.startswith("For full helptext")]
-        said = re.split(" Got errors: | Argument helptext: ", " ".join(said))[:1]  # what follows is tyro's own affair
-        raise ValueError(f"{said[0]} (see {prog} --help)") from None
-
 
 def parse(argv: Sequence[str]) -> tuple[str, Config]:
     """Preset name and config of `cossl train PRESET [flags]`."""
@@ -234,7 +215,9 @@ def open_loaders(config: Config, positions: tuple[PositionSpec, ...], ranks: Ran
 # ------------------------------------------------------------------------------------------------- its folder
 
 STOP_BEFORE_END_S = 120  # of a job with a known time limit: a step, a checkpoint, and what the site's clock is off
-RESUME_MAY_CHANGE = "data run_dir resume eval_px log_every checkpoint_every loader.workers loader.batches_ahead loader.os_cache".split()
+RESUME_MAY_CHANGE = (
+    "data run_dir resume eval_px log_every checkpoint_every keep_every recompute loader.workers loader.batches_ahead loader.os_cache"
+).split()
 
 
 def say(line: str) -> None:
@@ -387,43 +370,14 @@ def save(state: State, config: Config, loader: Loader, run_dir: Path) -> None:
     checkpoint.save(run_dir, state.save() | stamp, kept)
 
 
-@contextlib.contextmanager
-def manual_gc() -> Iterator[None]:
-    """Garbage is collected when a checkpoint is written and not in the middle of a step, at another moment on every rank."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
 # ------------------------------------------------------------------------------------------------- the evaluation
 
 
-@torch.no_grad()
-def features(networks: dict[str, CoSsl], loader: Loader, device: torch.device, what: str) -> tuple[dict[str, Tensor], Tensor]:
-    """Each network's global vectors of every picture (eval mode), the 12 x 12 pixels beside them, and the labels."""
-    rows: dict[str, list[Tensor]] = {name: [] for name in (*networks, "pixels")}
-    labels = []
-    for batch in tqdm(loader.epoch(0), total=len(loader), desc=f"features of {what}", disable=not sys.stderr.isatty(), leave=False):
+def pictures(loader: Loader, device: torch.device, what: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(pictures, the same normalized, labels) of every batch, with a bar."""
+    for batch in tqdm(loader.epoch(0), total=len(loader), desc=what, disable=not sys.stderr.isatty(), leave=False):
         (images,) = (view.to(device) for view in batch.split())
-        for name, network in networks.items():
-            rows[name].append(network.eval().represent(normalize(images)).float().cpu())
-        rows["pixels"].append(probe.pixels(images).cpu())
-        labels.append(batch.label.clone())  # a part of a batch keeps all of its memory
-    return {name: torch.cat(parts) for name, parts in rows.items()}, torch.cat(labels)
-
-
-def evaluate(networks: dict[str, CoSsl], train_set: Loader, val_set: Loader, device: torch.device) -> dict[str, dict[str, float]]:
-    """kNN and linear top-1 (percent) of each network's frozen features and of the pixels."""
-    train_x, train_y = features(networks, train_set, device, "train")
-    val_x, val_y = features(networks, val_set, device, "val")
-    results: dict[str, dict[str, float]] = {"linear_top1": {}, "knn_top1": {}}
-    for name in tqdm(train_x, desc="probes", disable=not sys.stderr.isatty(), leave=False):
-        results["linear_top1"][name] = round(probe.linear_top1(train_x[name], train_y, val_x[name], val_y), 2)
-        results["knn_top1"][name] = round(probe.knn_top1(train_x[name], train_y, val_x[name], val_y), 2)
-    return results
+        yield images, normalize(images), batch.label
 
 
 def show(results: dict[str, Any]) -> None:
@@ -504,7 +458,7 @@ def run(preset: str, ready: Ready) -> None:
     leave()
     if model.ranks.rank:
         return
-    results: dict[str, Any] = evaluate(networks, loaders[1], loaders[2], device)
+    results: dict[str, Any] = probes(*(features(networks, pictures(loader, device, "features")) for loader in loaders[1:]))
     results |= {"images_per_s": round(rate, 1), "protocol": probe.PROTOCOL | {"eval_px": config.eval_px, "features": "pooled, eval mode"}}
     results |= {"seconds": round(time.perf_counter() - began, 1), "torch": torch.__version__, "device": str(device)}
     last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])

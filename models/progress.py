@@ -1,8 +1,11 @@
 """What a run tells while it trains: the lines of metrics.jsonl, and progress on stderr."""
 
+import gc
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -45,7 +48,7 @@ class Log:
         before, self.collapsed = self.collapsed, has_collapsed(record["std"], record["rank"])
         if self.collapsed and not before:
             shape = f"spread {record['std']:.2f}, rank {record['rank']:.1f}"
-            print(f"step {step:,}: the projections collapsed ({shape}); try --model.output-norm True, a lower --optim.base-lr", flush=True)
+            print(f"step {step:,}: the projections collapsed ({shape}); try --model.output-norm, a lower --optim.base-lr", flush=True)
 
 
 class Meter:
@@ -86,3 +89,14 @@ class Meter:
     def close(self) -> None:
         """Ends the bar."""
         self.bar.close()
+
+
+@contextmanager
+def manual_gc() -> Iterator[None]:
+    """Garbage is collected when a checkpoint is written and not in the middle of a step, at another moment on every rank."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

@@ -8,24 +8,29 @@ import dataclasses
 import fcntl
 import functools
 import hashlib
+import io
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import tyro
 
 from cossl.models import checkpoint
+
+T = TypeVar("T")
 
 # ------------------------------------------------------------------------------------------------- which one, and its config
 
@@ -40,6 +45,22 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + f.name] = str(value) if isinstance(value, Path) else value
     return flat
+
+
+def parse_flags(kind: type[T], argv: Sequence[str], prog: str, description: str, default: T | None = None) -> T:
+    """What argv makes of a dataclass. A wrong flag or value is a ValueError of one line (tyro prints a box of several)."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            start = tyro.MISSING_NONPROP if default is None else default
+            return tyro.cli(kind, args=argv, prog=prog, description=description, default=start)
+    except SystemExit as error:
+        if not error.code:
+            raise
+        lines = [line.strip(" │") for line in box.getvalue().splitlines()]
+        said = [line for line in lines if line and line[0] not in "╭╰─" and not line.startswith("For full helptext")]
+        said = re.split(" Got errors: | Argument helptext: ", " ".join(said))[:1]  # what follows is tyro's own affair
+        raise ValueError(f"{said[0]} (see {prog} --help)") from None
 
 
 def config_hash(config: dict[str, Any], ignore: Collection[str] = ()) -> str:

@@ -34,7 +34,7 @@ class LoaderConfig:
     order: Order = "random"
     """random, or pages: half a GiB of the beton at a time, read in long runs: for disks that cannot seek and sets larger than memory."""
     os_cache: bool = True
-    """False, with --loader.order pages: the beton does not fit into memory, so its pages are dropped once used."""
+    """--loader.no-os-cache, with --loader.order pages: the beton does not fit into memory, so its pages are dropped once used."""
 
 
 def find_split(data: Path, split: str, backend: str = "auto") -> Path:

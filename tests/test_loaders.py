@@ -18,6 +18,7 @@ import torch
 from encoded import encoded, picture, turned
 from PIL import Image
 
+from cossl.models.features import features
 from cossl.pipelines import LOADERS, choose_backend, find_split, make_loader
 from cossl.pipelines.batch import WINDOW_PAGES, Batch, Blocks, Loader, LoaderSpec, to_device
 from cossl.pipelines.beton import JPG, RAW, Beton
@@ -26,7 +27,7 @@ from cossl.pipelines.cut import LANES, stride_of
 from cossl.pipelines.ffcv_loader import _Workspace
 from cossl.pipelines.positions import PositionSpec
 from cossl.pipelines.views import ViewSpec, byol, evaluation, multi_crop
-from cossl.train import features
+from cossl.train import pictures as evaluated
 
 _MISSING = {"dali"} if find_spec("nvidia") is None or find_spec("nvidia.dali") is None else set()
 BACKENDS = [pytest.param(name, marks=pytest.mark.skipif(name in _MISSING, reason="DALI is not installed")) for name in LOADERS]
@@ -436,7 +437,7 @@ def test_what_is_kept_of_an_evaluation_is_not_its_pixels(betons: Path, monkeypat
     loader = make_loader("ffcv", betons / "val.beton", LoaderSpec(evaluation(64), 2, workers=1, shuffle=False))
     blocks, original = [], Blocks._fresh
     monkeypatch.setattr(Blocks, "_fresh", staticmethod(lambda size: blocks.append(size) or original(size)))
-    _, labels = features({}, loader, torch.device("cpu"), "val")
+    _, labels = features({}, evaluated(loader, torch.device("cpu"), "val"))
     assert torch.equal(labels, torch.from_numpy(loader.beton.labels))
     assert 1 <= len(blocks) <= 7
     loader.close()

@@ -288,3 +288,51 @@ def test_no_preset_moves_unseen() -> None:
     """Every value of every preset. Where a change is meant: write the file anew and say so in the commit."""
     golden = json.loads((Path(__file__).parent / "golden" / "presets.json").read_text())
     assert {name: json.loads(json.dumps(train.flatten(preset()))) for name, preset in train.PRESETS.items()} == golden
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_counted(pictures: Path, tmp_path: Path, monkeypatch) -> None:
+    """The second of fifteen: nothing that it touched stays, so the steps after it go on from the first."""
+    forward, calls = co_ssl.CoSsl.forward, iter(range(100))
+
+    def spoiled(self: co_ssl.CoSsl, views: list[torch.Tensor], positions: torch.Tensor) -> dict[str, torch.Tensor]:
+        broken = next(calls) == 1
+        return forward(self, [view * float("nan") for view in views] if broken else views, positions)
+
+    monkeypatch.setattr(co_ssl.CoSsl, "forward", spoiled)
+    results = run(pictures, tmp_path / "run", "--on-nonfinite", "skip", "--log-every", "5")
+    first, *rest = metrics(tmp_path / "run")
+    assert first["skipped"] == 1
+    assert all("skipped" not in record for record in rest)
+    assert all(abs(value) < float("inf") for record in metrics(tmp_path / "run") for value in record.values())
+    assert results["linear_top1"]["trained"] > 0
+    state = checkpoint.load(tmp_path / "run" / "last.pt")
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+    assert state["model"]["online.backbone.bn1.num_batches_tracked"] == 2 * 14
+
+
+def test_weights_that_are_not_finite_are_no_checkpoint(pictures: Path, tmp_path: Path, monkeypatch) -> None:
+    update = train.update_
+
+    def spoiled(state: train.State, *rest: Any) -> None:
+        update(state, *rest)
+        if state.step == 7:
+            next(state.model.online.parameters()).data.fill_(float("inf"))
+
+    monkeypatch.setattr(train, "update_", spoiled)
+    with pytest.raises(RuntimeError, match=r"weights not finite at step 8|not finite between"):
+        run(pictures, tmp_path / "run", "--checkpoint-every", "2", "--log-every", "100")
+    state = checkpoint.load(tmp_path / "run" / "last.pt")
+    assert state["step"] == 6
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+
+
+@pytest.mark.parametrize("flags", [["--precision", "fp16"], ["--recompute", "--no-compile"], ["--keep-every", "2"]])
+def test_ways_to_train_that_change_little_or_nothing(finished: Path, pictures: Path, tmp_path: Path, flags: list[str]) -> None:
+    run(pictures, tmp_path / "run", *flags)
+    if "--precision" in flags:
+        ours, theirs = ([r["loss"] for r in metrics(folder)][:5] for folder in (tmp_path / "run", finished))
+        assert ours == pytest.approx(theirs, abs=0.2)
+        assert ours != theirs
+        return
+    assert_same_run(finished, tmp_path / "run")
+    assert sorted(path.name for path in (tmp_path / "run").glob("epoch-*")) == (["epoch-0002.pt"] if "--keep-every" in flags else [])

@@ -23,12 +23,12 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
+from cossl.models.run_folder import parse_flags, replace_text
 from cossl.pipelines.demo_set import cache_dir
 from cossl.tools.bench import did_you_mean, installed, machine, num_cores, progress, require_folder_of, spread
 from cossl.tools.bench_kernels import Kernel, measure_kernels
 from cossl.tools.bench_pictures import Pictures, default_source, prepare
 from cossl.tools.bench_rows import RAMP_BATCHES, ROWS, SPARE_BATCHES, VIEWS, Job, as_argument
-from cossl.train import parse_flags, replace_text
 
 OURS = "ours-ffcv"
 IMAGES, QUICK_IMAGES, TURNS, QUICK_TURNS = 384, 192, 7, 3

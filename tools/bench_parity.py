@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
+from cossl.models.run_folder import parse_flags, replace_text
 from cossl.pipelines import make_loader
 from cossl.pipelines.batch import Batch, LoaderSpec
 from cossl.pipelines.demo_set import cache_dir
@@ -21,7 +22,6 @@ from cossl.pipelines.picture import draw_side_by_side
 from cossl.pipelines.views import ViewSpec, byol, multi_crop
 from cossl.tools.bench import installed, machine, progress, require_folder_of, spread
 from cossl.tools.bench_pictures import default_source, prepare
-from cossl.train import parse_flags, replace_text
 
 RECIPES: dict[str, tuple[ViewSpec, ...]] = {"2x224": byol(), "2x224+6x96": multi_crop()}
 LOADERS: dict[str, tuple[str, str]] = {  # row: backend, what it reads

@@ -23,6 +23,7 @@ import torch
 
 from cossl.models.co_ssl import CoSsl
 from cossl.models.optim import make_optimizer
+from cossl.models.run_folder import parse_flags
 from cossl.pipelines import choose_backend, find_split, make_loader
 from cossl.pipelines.augment import augment
 from cossl.pipelines.batch import Batch, LoaderSpec
@@ -33,7 +34,7 @@ from cossl.pipelines.ffcv_stock import INSTALL_FFCV
 from cossl.pipelines.views import evaluation
 from cossl.tools.bench import Stopwatch, installed, machine, num_cores, progress
 from cossl.tools.bench_pictures import LARGEST_SET, prepare
-from cossl.train import PRESETS, Config, State, build, parse_flags, position_specs, step_
+from cossl.train import PRESETS, Config, State, build, position_specs, step_
 
 INSTALL_LOG = "pip install -c constraints.txt -e '.[log]'"
 OPTIONAL = {  # package: what it is for, the line that installs it

@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cossl.models.heads import HEADS
 from cossl.models.rf_resnet import BACKBONES, PositionGrid, ResNet, position_grid, reachable_fields
+from cossl.models.run_folder import parse_flags, replace_text
 from cossl.tools.bench import machine, require_folder_of
-from cossl.train import parse_flags, replace_text
 
 HEAD_MAP = "rf_resnet50"  # the local heads are counted on the feature map of this backbone, at its default receptive field
 HIDDEN_DIM, OUT_DIM = 4096, 256

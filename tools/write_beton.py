@@ -11,9 +11,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from cossl.models.run_folder import parse_flags
 from cossl.pipelines import convert as conversion
 from cossl.pipelines.beton import manifest_path, verify
-from cossl.train import parse_flags
 
 NAMES_SHOWN = 20
 
