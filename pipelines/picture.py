@@ -110,20 +110,50 @@ def draw_side_by_side(path: Path, batches: dict[str, Batch], picture: Callable[[
     sheet.save(path)
 
 
+CURVES = {
+    "loss": ("loss", "global", "local_to_global", "global_to_local"),
+    "top-1, percent": ("knn_top1", "probe_top1"),
+    "pictures/s": ("images_per_s",),
+    "spread": ("std",),
+    "effective rank": ("rank",),
+}
+LINES_DRAWN = 500
+
+
 def draw_curves(metrics: Path, path: Path) -> None:
-    """Writes a PNG of every loss term, the spread and the learning rate over the epochs, from the lines of metrics.jsonl."""
+    """Writes a PNG of loss terms, kNN and online probe, throughput, spread and effective rank over the epochs, as far as there are any.
+
+    From the lines of metrics.jsonl, of a long file about 500 and all those with a kNN. A run draws this after every epoch, so whatever goes
+    wrong is said in one line and no error. Trap: `images_per_s` of a line is the mean of the run so far, so it
+    follows a slow loader late.
+    """
     try:
-        from matplotlib.figure import Figure
+        _draw_curves(metrics, path)
     except ImportError:
         print(f"no {path.name}: matplotlib is missing, pip install -c constraints.txt -e '.[log]'")
-        return
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
-    losses = [k for k in ("loss", "global", "local_to_global", "global_to_local") if k in records[0]]
-    panels = [losses, ["std"], ["lr"]]
-    figure = Figure(figsize=(12, 3.4), layout="constrained")
-    for axes, names in zip(figure.subplots(1, 3), panels, strict=True):
+    except Exception as error:
+        print(f"no {path.name}: {type(error).__name__}: {error}")
+
+
+def _draw_curves(metrics: Path, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    lines = metrics.read_text().splitlines()
+    every = -(-len(lines) // LINES_DRAWN)
+    records = [json.loads(line) for i, line in enumerate(lines) if (len(lines) - 1 - i) % every == 0 or '"knn_top1"' in line]
+    if not records:
+        raise ValueError(f"{metrics} has no lines yet")
+    curves = {title: [name for name in names if any(name in r for r in records)] for title, names in CURVES.items()}
+    curves = {title: names for title, names in curves.items() if names}
+    figure = Figure(figsize=(4 * len(curves), 3.2))
+    figure.subplots_adjust(0.25 / len(curves), 0.15, 1 - 0.05 / len(curves), 0.9, 0.3)
+    for axes, (title, names) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
         for name in names:
-            axes.plot([r["epoch"] for r in records], [r[name] for r in records], label=name)
-        axes.set_xlabel("epoch")
-        axes.legend()
-    figure.savefig(path, dpi=110)
+            points = [(r["epoch"], r[name]) for r in records if name in r]
+            axes.plot(*zip(*points, strict=True), label=name, marker="." if name == "knn_top1" or len(points) == 1 else None)
+        axes.set(title=title, xlabel="epoch")
+        if len(names) > 1:
+            axes.legend()
+    part = path.with_name(path.name + ".part")
+    figure.savefig(part, dpi=100, format="png")
+    part.replace(path)
