@@ -16,7 +16,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime
@@ -304,25 +303,3 @@ def deadline(seconds_before_end: float) -> float | None:
     """
     end = os.environ.get("SLURM_JOB_END_TIME", "")
     return int(end) - seconds_before_end if end else None
-
-
-def ignore_stop_signals(*_: object) -> None:
-    """For the start of a loader's worker process (a DataLoader's `worker_init_fn`): stop signals of a launcher no longer reach it.
-
-    SLURM sends them to every process of a job, and a worker that dies of one takes the run with it. SIGTERM from the parent still ends the
-    worker: multiprocessing stops its children so, and would wait for ever for one that is deaf to it.
-    """
-    if sys.platform == "darwin":  # no sigwaitinfo, hence no sender; no launcher either
-        for number in (signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, signal.SIG_IGN)
-        return
-    parent = os.getppid()
-
-    def watch() -> None:
-        while True:
-            came = signal.sigwaitinfo(STOP_SIGNALS)
-            if came.si_signo == signal.SIGTERM and came.si_pid == parent:
-                os._exit(0)
-
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # threads that start later, the watching one too, have them blocked as well
-    threading.Thread(target=watch, name="stop signals", daemon=True).start()

@@ -6,6 +6,10 @@ antialiased bilinear filter.
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -111,9 +115,8 @@ class TorchLoader:
         collate = partial(_collate, self.spec, epoch)
         pin = torch.cuda.is_available()
         own = torch.Generator()  # DataLoader draws a seed for its workers; not from the generator that the training uses
-        yield from DataLoader(
-            self._cutter, batch_sampler=keys, num_workers=self.spec.workers, collate_fn=collate, pin_memory=pin, generator=own
-        )
+        how = {"num_workers": self.spec.workers, "collate_fn": collate, "pin_memory": pin, "generator": own}
+        yield from DataLoader(self._cutter, batch_sampler=keys, worker_init_fn=ignore_stop_signals, **how)  # type: ignore[arg-type]
 
     def picture(self, index: int) -> UInt8[np.ndarray, "h w 3"]:
         return np.asarray(self.pictures.open(index))
@@ -128,3 +131,28 @@ def _collate(spec: LoaderSpec, epoch: int, samples: list[tuple]) -> Batch:
     for v, canvas in enumerate(batch.canvases()):
         np.stack([sample[v] for sample in views], out=canvas)
     return fill(batch, spec, epoch, np.stack(index), np.stack(label), np.stack(boxes), np.stack(flips), np.stack(photometry))
+
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def ignore_stop_signals(*_: object) -> None:
+    """For the start of a worker process (a DataLoader's `worker_init_fn`): stop signals of a launcher no longer reach it.
+
+    SLURM sends them to every process of a job, and a worker that dies of one takes the run with it. SIGTERM from the parent still ends the
+    worker: multiprocessing stops its children so, and would wait for ever for one that is deaf to it.
+    """
+    if sys.platform == "darwin":  # no sigwaitinfo, hence no sender; no launcher either
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_IGN)
+        return
+    parent = os.getppid()
+
+    def watch() -> None:
+        while True:
+            came = signal.sigwaitinfo(STOP_SIGNALS)
+            if came.si_signo == signal.SIGTERM and came.si_pid == parent:
+                os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # threads that start later, the watching one too, have them blocked as well
+    threading.Thread(target=watch, name="stop signals", daemon=True).start()

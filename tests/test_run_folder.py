@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 import torch
 from test_train import TINY, assert_same_run, complaint, finished, metrics, run  # noqa: F401  (finished is a fixture)
-from torch.utils.data import DataLoader, Dataset
 
 from cossl import train
 from cossl.models import checkpoint, run_folder
+from cossl.pipelines.batch import LoaderSpec
+from cossl.pipelines.torch_loader import TorchLoader
+from cossl.pipelines.views import byol
 
 # ------------------------------------------------------------------------------------------------- the lock
 
@@ -173,24 +175,17 @@ def test_the_time_limit_of_the_job_is_a_request_too(monkeypatch: pytest.MonkeyPa
     assert "time limit" in stop.reason
 
 
-class Pids(Dataset):
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, index: int) -> int:
-        return os.getpid()
-
-
 @pytest.mark.skipif(sys.platform == "darwin", reason="no sigwaitinfo")
-def test_a_loader_worker_hears_of_its_parent_only() -> None:
-    loader = DataLoader(Pids(), None, num_workers=1, worker_init_fn=run_folder.ignore_stop_signals, multiprocessing_context="fork")
-    batches = iter(loader)
-    pid = next(batches)
-    subprocess.run(["sh", "-c", "".join(f"kill -{number.name[3:]} {pid};" for number in run_folder.STOP_SIGNALS)], check=True)
-    assert list(batches) == [pid] * 7
-    batches = iter(loader)
-    pid = next(batches)
-    (worker,) = (child for child in multiprocessing.active_children() if child.pid == pid)
+def test_a_loader_worker_hears_of_its_parent_only(betons: Path) -> None:
+    loader = TorchLoader(betons / "train.beton", LoaderSpec(byol(16), 8, workers=1))
+    batches = loader.epoch(0)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    subprocess.run(["sh", "-c", "".join(f"kill -{number.name[3:]} {worker.pid};" for number in run_folder.STOP_SIGNALS)], check=True)
+    assert len(list(batches)) == len(loader) - 1
+    batches = loader.epoch(1)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
     worker.terminate()
     worker.join(20)
     code = worker.exitcode
