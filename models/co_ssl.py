@@ -178,8 +178,8 @@ class Network(nn.Module):
             self.local_predictors = self.predictors if model.shared_heads else _predictors(model, model.local_head)
 
     def pool(self, y: Float[Tensor, "b c n n"]) -> Float[Tensor, "b c"]:
-        """The global vector Y of the last feature map."""
-        return self.after_pool(y.mean((2, 3)))
+        """The global vector Y of the last feature map. As a mean of vectors: `y.mean((2, 3))` would make its gradient in another layout."""
+        return self.after_pool(y.flatten(2).transpose(1, 2).mean(1))
 
     def forward(self, views: Sequence[Float[Tensor, "b 3 s s"]]) -> list[Seen]:
         """Each view as the network sees it: one after the other, or (`joint_views`) all of one size in one pass through the backbone."""

@@ -79,7 +79,9 @@ class MapHead(Head):
         for i in range(num_layers - 1):
             size = kernel if i == 0 else 1
             layers += [nn.Conv2d(in_dim if i == 0 else hidden_dim, hidden_dim, size, padding=size // 2), NORMS[norm][1](hidden_dim)]
-            layers += [nn.ReLU(inplace=True)]
+            layers += [
+                nn.ReLU(inplace=norm != "layer")
+            ]  # a layer norm returns a permuted view, which autograd copies to change it in place
         self.layers = nn.Sequential(*layers, nn.Conv2d(hidden_dim if num_layers > 1 else in_dim, out_dim, 1, bias=False))
         if output_norm:
             self.layers.append(nn.BatchNorm2d(out_dim, affine=False))

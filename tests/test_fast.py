@@ -45,8 +45,6 @@ RECEPTIVE_FIELDS = {"rf_resnet50": 99, "rf_resnet18": 29, "bagnet": 17}
 
 # What makes the host wait for the device: bool() and item(), shapes that depend on values, constants that the host makes.
 SYNCS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "repeat_interleave", "bincount", "lift_fresh"}
-# Pooling's gradient, spread over the positions: the one map that is not channels_last.
-POOLING = {"expand", "div"}
 
 
 def is_map(x: Any) -> bool:
@@ -75,8 +73,7 @@ class Watch(TorchDispatchMode):
         if name in SYNCS or masks:
             trace.syncs.append(name)
         maps = [x for x in tree_leaves(out) if is_map(x)]
-        if name not in POOLING:
-            trace.other_layouts += [f"{name} {tuple(x.shape)}" for x in maps if not x.is_contiguous(memory_format=torch.channels_last)]
+        trace.other_layouts += [f"{name} {tuple(x.shape)}" for x in maps if not x.is_contiguous(memory_format=torch.channels_last)]
         if maps and name in ("clone", "copy_"):
             trace.other_layouts.append(name)
         trace.num_maps += len(maps)
@@ -119,10 +116,7 @@ def test_a_step_waits_for_nothing(name: str) -> None:
     assert traced(name).syncs == []
 
 
-COPIES = pytest.mark.xfail(strict=True, reason="the ReLU in place on the permuted map that LayerNorm2d returns: autograd copies that twice")
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=COPIES) if n == "layer norm, conv1x1" else n for n in VARIANTS])
+@pytest.mark.parametrize("name", VARIANTS)
 def test_no_map_of_a_step_is_copied_or_leaves_channels_last(name: str) -> None:
     trace = traced(name)
     assert trace.num_maps > 300
@@ -146,7 +140,6 @@ def test_every_backbone_stays_in_channels_last(name: str) -> None:
     assert watch.trace.other_layouts == []
 
 
-@pytest.mark.xfail(strict=True, reason="mean((2, 3)) spreads its gradient over positions in another layout; see POOLING")
 def test_the_gradient_of_pooling_is_channels_last() -> None:
     network = make({"mlp_after_pool": 0}, {}).online
     y = torch.randn(BATCH, 64, 4, 4).contiguous(memory_format=torch.channels_last).requires_grad_(True)
