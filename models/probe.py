@@ -1,11 +1,14 @@
-"""How much a frozen representation says about labels: weighted kNN and a linear probe, in percent of top-1."""
+"""How much a representation says about labels, in percent of top-1: weighted kNN and a linear probe when it is frozen, and an online
+probe while it is trained."""
 
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int, UInt8
-from torch import Tensor
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
+
+from cossl.models.parallel import ALONE, Ranks
 
 PROTOCOL: dict[str, Any] = {
     "knn_k": 20,
@@ -16,6 +19,8 @@ PROTOCOL: dict[str, Any] = {
     "linear_seed": 0,
     "linear_max_iterations": 200,
     "linear_features": "standardised by the train set's mean and deviation",
+    "online_lr": 3.0,
+    "online_momentum": 0.9,
     "pixels_grid": 12,
 }
 """What the numbers of this file depend on, to be printed beside them."""
@@ -24,6 +29,10 @@ PROTOCOL: dict[str, Any] = {
 def pixels(images: UInt8[Tensor, "b 3 s s"]) -> Float[Tensor, "b c"]:
     """The floor of every table: the picture itself, area-averaged to 12 x 12, as 432 numbers in [0, 1]."""
     return F.adaptive_avg_pool2d(images.float() / 255, PROTOCOL["pixels_grid"]).flatten(1)
+
+
+CHUNKS = 1024, 16384
+"""Test and train samples whose cosines are in memory at once: 64 MiB, and 128 MiB for 2048 features of the train samples."""
 
 
 @torch.no_grad()
@@ -37,17 +46,82 @@ def knn_top1(
 ) -> float:
     """Percent of test samples whose k nearest train samples, each voting with exp(cos / temperature), elect the right class.
 
-    Wu et al. 2018 (arXiv 1805.01978, section 3.4), on unit vectors. Fewer than k train samples: all of them vote.
+    Wu et al. 2018 (arXiv 1805.01978, section 3.4), on unit vectors. Fewer than k train samples: all of them vote. Features of any float
+    type, on any one device, are compared in float32 and a chunk at a time, so beside them it takes less than half a GiB for any number of
+    samples. Trap: at the end the host waits for the device, once. A train set that is a part of one sorted by class lacks classes.
     """
-    train, test = F.normalize(train_x.float(), dim=1), F.normalize(test_x.float(), dim=1)
-    k, classes, hits = min(k, len(train)), int(train_y.max()) + 1, 0
-    for x, label in zip(test.split(1024), test_y.split(1024), strict=True):
-        cosine, neighbour = (x @ train.T).topk(k, dim=1)
+    classes = int(train_y.max()) + 1
+    hits = torch.zeros((), dtype=torch.int64, device=test_x.device)
+    for x, label in zip(test_x.split(CHUNKS[0]), test_y.split(CHUNKS[0]), strict=True):
+        cosine, vote = _neighbours(F.normalize(x.float(), dim=1), train_x, train_y, k)
         votes = torch.zeros(len(x), classes, device=x.device)
         # The largest cosine is taken off so that exp stays finite at any temperature; the election is the same.
-        votes.scatter_add_(1, train_y[neighbour], ((cosine - cosine[:, :1]) / temperature).exp())
-        hits += int((votes.argmax(1) == label).sum())
-    return 100 * hits / len(test)
+        votes.scatter_add_(1, vote, ((cosine - cosine[:, :1]) / temperature).exp())
+        hits += (votes.argmax(1) == label).sum()
+    return 100 * int(hits) / len(test_x)
+
+
+def _neighbours(
+    x: Float[Tensor, "b c"], train_x: Float[Tensor, "train c"], train_y: Int[Tensor, " train"], k: int
+) -> tuple[Float[Tensor, "b k"], Int[Tensor, "b k"]]:
+    """Cosines, the largest first, and labels of the k train samples nearest to each of these unit vectors."""
+    nearest, labels = x.new_empty(len(x), 0), train_y.new_empty(len(x), 0)
+    for some_x, some_y in zip(train_x.split(CHUNKS[1]), train_y.split(CHUNKS[1]), strict=True):
+        cosine, which = (x @ F.normalize(some_x.float(), dim=1).T).topk(min(k, len(some_x)), dim=1)
+        both, both_labels = torch.cat([nearest, cosine], 1), torch.cat([labels, some_y[which]], 1)
+        nearest, which = both.topk(min(k, both.shape[1]), dim=1)
+        labels = both_labels.gather(1, which)
+    return nearest, labels
+
+
+class OnlineProbe(nn.Module):
+    """A linear classifier that is trained beside the network, on vectors through which it passes the network no gradient.
+
+    As in BYOL's public code, a classifier on `stop_gradient(embeddings)` (Grill et al. 2020; deepmind-research/byol,
+    byol_experiment.py). Deviation: there it is trained by the run's own LARS, here by SGD with momentum on vectors standardised by the
+    batch and divided by sqrt(c), at a learning rate that is stable for any such vectors (below 7.6: momentum 0.9, and the curvature is at
+    most 1/2), so its number does not depend on the run's optimizer. Its whole state, momentum included, is two buffers: they are in
+    state_dict, and no optimizer or weight decay takes them for the network's parameters.
+
+    Trap: its accuracy is that on augmented views while both learn; it says how a run goes and replaces no evaluation.
+    """
+
+    weight: Float[Tensor, "m c1"]
+    """The last column is the bias."""
+    momentum: Float[Tensor, "m c1"]
+
+    def __init__(self, features: int, classes: int, ranks: Ranks = ALONE) -> None:
+        super().__init__()
+        if classes < 2:
+            raise ValueError(f"an online probe of {classes} classes: expected 2 or more")
+        self.ranks = ranks
+        self.register_buffer("weight", torch.zeros(classes, features + 1))
+        self.register_buffer("momentum", torch.zeros(classes, features + 1))
+
+    @torch.no_grad()
+    def step_(self, features: Float[Tensor, "v b c"], label: Int[Tensor, " b"]) -> dict[str, Float[Tensor, ""]]:
+        """probe_loss (cross-entropy, nats) and probe_top1 (percent) on these pooled vectors before the step that they make.
+
+        In float32 whatever autocast says, without waiting for the device. Vectors that are not finite leave the probe as it was. Of several
+        ranks, each with as many pictures, all make one step of their mean, so every rank has to call it.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            x, y = features.float().flatten(0, 1), label.repeat(len(features))
+            variance, mean = torch.var_mean(x, 0, correction=0)
+            x = (x - mean) * (variance + 1e-5).rsqrt() * x.shape[1] ** -0.5
+            log_p = F.linear(x, self.weight[:, :-1], self.weight[:, -1]).log_softmax(1)
+            error = log_p.exp().scatter_add(1, y[:, None], log_p.new_full((len(y), 1), -1.0))
+            self._descend(error.T @ F.pad(x, (0, 1), value=1.0) / len(y))
+            return {"probe_loss": F.nll_loss(log_p, y), "probe_top1": 100 * (log_p.argmax(1) == y).float().mean()}
+
+    def _descend(self, gradient: Float[Tensor, "m c1"]) -> None:
+        if self.ranks.world_size > 1:
+            distributed.all_reduce(gradient)
+            gradient /= self.ranks.world_size
+        momentum = PROTOCOL["online_momentum"] * self.momentum + gradient
+        fine = momentum.isfinite().all()
+        self.momentum.copy_(torch.where(fine, momentum, self.momentum))
+        self.weight.sub_(torch.where(fine, PROTOCOL["online_lr"] * momentum, 0.0))
 
 
 def linear_top1(
