@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import gc
+import itertools
 import json
 import sys
 import time
@@ -23,14 +24,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cossl.models import checkpoint, probe, run_folder
+from cossl.models.checkpoint import State
 from cossl.models.co_ssl import TARGET_VIEWS, CoSsl, LossConfig, ModelConfig, has_collapsed
 from cossl.models.features import features, probes
 from cossl.models.launch import any_rank, choose_device, first_rank, join, leave
 from cossl.models.optim import OptimConfig, adjust_gradients_, all_finite, ema_tau, learning_rate, make_optimizer, peak_lr
 from cossl.models.parallel import ALONE, Ranks, current_ranks, distribute
+from cossl.models.probe import OnlineProbe, knn_top1
 from cossl.models.progress import Log, Meter, manual_gc
 from cossl.models.run_folder import flatten, parse_flags, replace_text
-from cossl.pipelines import LoaderConfig, choose_backend, find_split, make_loader
+from cossl.models.tracking import TrackingConfig, track, train_log
+from cossl.pipelines import LoaderConfig, Loaders, open_splits
 from cossl.pipelines.augment import augment, normalize
 from cossl.pipelines.batch import Batch, Loader, LoaderSpec, to_device
 from cossl.pipelines.demo_set import demo_data
@@ -82,15 +86,21 @@ class Config:
     """Epochs between two checkpoints that are kept for good, as epoch-0010.pt; 0 keeps none."""
     eval_px: int = 224
     """Side of the pictures on which the frozen features are tested."""
+    knn_every: int = 10
+    """Epochs between two tests of the frozen features by 20-NN while the run goes on; 0 means none before its end."""
+    knn_pictures: int = 20_000
+    """Pictures of train and of val, at most, in such a test: the same random ones every time."""
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     views: ViewsConfig = field(default_factory=ViewsConfig)
     positions: PositionsConfig = field(default_factory=PositionsConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        for name, low in [("epochs", 1), ("batch_size", 2), ("log_every", 1), ("checkpoint_every", 0), ("keep_every", 0), ("seed", 0)]:
+        lows = dict.fromkeys("device_batch_size checkpoint_every keep_every knn_every norm_group seed".split(), 0)
+        for name, low in (lows | {"epochs": 1, "batch_size": 2, "log_every": 1, "knn_pictures": 2}).items():
             if getattr(self, name) < low:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected {low} or more")
         if self.model.predictors == "per_size" and self.views.recipe != "multi_crop":
@@ -105,8 +115,7 @@ class Config:
             raise ValueError(f"--device-batch-size {self.device_batch_size} does not divide --batch-size {self.batch_size}: try {near}")
         if self.optim.warmup_epochs >= self.epochs:
             raise ValueError(f"--optim.warmup-epochs {self.optim.warmup_epochs}: expected fewer than --epochs {self.epochs}")
-        if self.model.width < 8:
-            # 2, 4, 5, 6 and 7 channels ended in "free(): invalid size" in the backward pass of torch 2.15 on a CPU; 8 and more ran.
+        if self.model.width < 8:  # 2, 4, 5, 6 and 7 channels ended in "free(): invalid size" in a backward pass of torch 2.15 on a CPU
             raise ValueError(f"--model.width {self.model.width}: expected 8 or more, torch's channels-last convolutions crash below that")
 
 
@@ -134,8 +143,7 @@ def in1k() -> Config:
 
 def in1k_dino() -> Config:
     """CO-DINO: RF99-ResNet50, 100 epochs of ImageNet-1K, 2 x 224 + 8 x 96, the recipe of DINO's README for ResNet-50."""
-    # facebookresearch/dino: --optimizer sgd --lr 0.03 --weight_decay 1e-4, crops 0.14 and 0.05, batch 512; the rest are main_dino.py's
-    # defaults. Deviations: ReLU in the heads, there GELU; the learning rate ends at 0, there at 1e-6.
+    # facebookresearch/dino, README (sgd, lr, decay, crops) and main_dino.py. Deviations: ReLU, there GELU; rate to 0, there to 1e-6.
     model = ModelConfig(method="dino", hidden_dim=2048, head_norm="none", joint_views=True)
     sgd = OptimConfig("sgd", base_lr=0.03, weight_decay=1e-4, ema_tau=0.996, clip_grad=3.0, freeze_prototypes_epochs=1.0)
     return Config(batch_size=512, model=model, optim=sgd, views=ViewsConfig("multi_crop", crop_min=0.14, local_crops_number=8))
@@ -166,9 +174,8 @@ def tiny_imagenet() -> Config:
     return replace(in100(), eval_px=64, model=model, views=ViewsConfig(size_px=64, crop_min=0.2))
 
 
-PRESETS: dict[str, Callable[[], Config]] = {"demo": demo, "imagenette": imagenette, "in1k": in1k}
-PRESETS |= {"in1k-dino": in1k_dino, "in1k-mocov3": in1k_mocov3, "in100": in100, "in100-resnet18": in100_resnet18}
-PRESETS |= {"tiny-imagenet": tiny_imagenet}
+_PRESETS = (demo, imagenette, in1k, in1k_dino, in1k_mocov3, in100, in100_resnet18, tiny_imagenet)
+PRESETS: dict[str, Callable[[], Config]] = {preset.__name__.replace("_", "-"): preset for preset in _PRESETS}
 
 
 def parse(argv: Sequence[str]) -> tuple[str, Config]:
@@ -195,28 +202,22 @@ def position_specs(config: Config, model: CoSsl) -> tuple[PositionSpec, ...]:
     return tuple(config.positions.spec(*model.position_grid(px), small=small[px]) for px in used)
 
 
-def open_loaders(config: Config, positions: tuple[PositionSpec, ...], ranks: Ranks = ALONE) -> tuple[Loader, Loader, Loader]:
-    """Loaders of the training views (this rank's part of each batch), and of train and val pictures as they are."""
-    how, backend, workers, data = config.loader, config.loader.backend, config.loader.workers, config.data or Path()
-    synthetic = backend == "synthetic"
-    if config.data is None and not synthetic:
-        raise ValueError("--data is missing: give a folder with train.beton and val.beton (see `cossl convert`), or with train/ and val/")
-    train, val = (data if synthetic else find_split(data, split, backend) for split in ("train", "val"))
+def open_loaders(config: Config, positions: tuple[PositionSpec, ...], ranks: Ranks = ALONE) -> Loaders:
+    """All of a run's loaders; the sample's only on the first rank, where a 20-NN is due before the end."""
+    how = config.loader
     ahead, part = (how.batches_ahead, True, how.order, how.os_cache), (ranks.rank, ranks.world_size)
-    seen = LoaderSpec(config.views.specs(), config.batch_size, config.seed, positions, workers, *ahead, *part)
-    plain = LoaderSpec(evaluation(config.eval_px), 256, workers=workers, shuffle=False)
-    loaders = [make_loader(backend, source, spec) for source, spec in [(train, seen), (train, plain), (val, plain)]]
-    if loaders[1].class_names != loaders[2].class_names:
-        raise ValueError(f"{train} and {val} have different classes: convert both from folders with the same class folders")
-    say(f"loader: {choose_backend(backend, train)}, {loaders[0].num_samples:,} train and {loaders[2].num_samples:,} val pictures, {data}")
-    return loaders[0], loaders[1], loaders[2]
+    views = LoaderSpec(config.views.specs(), config.batch_size, config.seed, positions, how.workers, *ahead, *part)
+    whole = LoaderSpec(evaluation(config.eval_px), EVAL_BATCH, workers=how.workers, shuffle=False)
+    return open_splits(config.data, how.backend, views, whole, ranks.rank == 0 and 0 < config.knn_every < config.epochs)
 
 
 # ------------------------------------------------------------------------------------------------- its folder
 
+EVAL_BATCH = 256  # pictures without a gradient at once
 STOP_BEFORE_END_S = 120  # of a job with a known time limit: a step, a checkpoint, and what the site's clock is off
 RESUME_MAY_CHANGE = (
-    "data run_dir resume eval_px log_every checkpoint_every keep_every recompute loader.workers loader.batches_ahead loader.os_cache"
+    "data run_dir resume eval_px knn_every knn_pictures log_every checkpoint_every keep_every recompute loader.workers"
+    " loader.batches_ahead loader.os_cache tracking.tensorboard tracking.wandb tracking.wandb_project"
 ).split()
 
 
@@ -241,35 +242,12 @@ Forward = Callable[[list[Tensor], Tensor], dict[str, Tensor]]
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass
-class State:
-    """What steps change: all of it is in a checkpoint."""
-
-    model: CoSsl
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    step: int = 0
-    timed: list[float] = field(default_factory=lambda: [0.0, 0.0])
-    """[steps, seconds] so far, which `Meter` counts."""
-    window: dict[str, Tensor] = field(default_factory=dict)
-    """Sums of the terms since the last line of metrics.jsonl."""
-
-    def save(self) -> dict[str, Any]:
-        parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler")}
-        return parts | {"step": self.step, "timed": self.timed, "window": self.window}
-
-    def load(self, saved: dict[str, Any], device: torch.device) -> None:
-        for name in ("model", "optimizer", "scaler"):
-            getattr(self, name).load_state_dict(saved[name])
-        self.step, self.timed, self.window = saved["step"], saved["timed"], {k: v.to(device) for k, v in saved["window"].items()}
-
-
 def step_(state: State, forward: Forward, batch: Batch, config: Config, lr: float, tau: float, epoch: float) -> None:
     """One optimizer step and one target update; adds the model's terms to the window, on the device.
 
     `forward` is the model, perhaps compiled and distributed. A batch larger than `device_batch_size` passes in parts, whose gradients
-    add up to those of their mean loss. Beside the terms: positions per view that take part, the share of views that have none, and 1
-    for a step that counts.
+    add up to those of their mean loss. Beside the terms: positions per view that take part, the share of views that have none, the
+    online probe's, and 1 for a step that counts.
     """
     model, device = state.model, batch.index.device
     size, before = config.device_batch_size or len(batch.index), None
@@ -287,7 +265,9 @@ def step_(state: State, forward: Forward, batch: Batch, config: Config, lr: floa
         every.append({name: term.detach() for name, term in terms.items()})
     drawn = batch.positions[:, : None if config.loss.small_views else len(TARGET_VIEWS)] >= 0
     positions = {"positions": drawn.sum(2).float().mean(), "views_without_position": 1 - drawn.any(2).float().mean()}
+    features = torch.cat([terms.pop("features") for terms in every], 1)
     terms = {name: torch.stack([terms[name] for terms in every]).mean(0) for name in every[0]} | positions
+    terms |= state.probe.step_(features, batch.label)
     state.step += 1
     if before is not None and not all_finite(p.grad for p in model.parameters()):
         for buffer, value in zip(model.buffers(), before, strict=True):
@@ -313,46 +293,70 @@ def update_(state: State, config: Config, lr: float, epoch: float) -> None:
 # ------------------------------------------------------------------------------------------------- the loop
 
 
-def train(config: Config, model: CoSsl, loader: Loader, device: torch.device, run_dir: Path) -> float:
-    """Trains to the end, from the checkpoint if resuming; returns pictures per second. The first rank alone writes."""
+def begin(config: Config, model: CoSsl, loader: Loader, device: torch.device, run_dir: Path) -> tuple[State, Any]:
+    """The state to train from, that of the last checkpoint if resuming, and the model's forward, compiled and distributed."""
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-    state = State(model, make_optimizer(model.online.named_parameters(), config.optim), scaler)
-    steps_per_epoch, total, ranks = len(loader), config.epochs * len(loader), model.ranks
+    online_probe = OnlineProbe(model.online.backbone.out_channels, len(loader.class_names), model.ranks).to(device)
+    state = State(model, make_optimizer(model.online.named_parameters(), config.optim), scaler, online_probe)
     model.online.backbone.recompute = config.recompute
     if config.compile and device.type == "cuda":
         model.compile(fullgraph=True)  # before DDP wraps it, which cannot be traced
-    forward: Any = distribute(model, config.sync_norms, config.norm_group or None) if ranks.world_size > 1 else model
+    forward = distribute(model, config.sync_norms, config.norm_group or None) if model.ranks.world_size > 1 else model
     if config.resume:
         saved, found = load_checkpoint(run_dir, config, loader.num_samples)
         state.load(saved, device)
-        say(f"resumed at step {state.step:,} of {total:,} from {found}")
-    if ranks.rank == 0:
+        say(f"resumed at step {state.step:,} of {config.epochs * len(loader):,} from {found}")
+    if model.ranks.rank == 0:
         run_folder.keep_metrics(run_dir / "metrics.jsonl", state.step)
-    warmup, peak = round(config.optim.warmup_epochs * steps_per_epoch), peak_lr(config.optim.base_lr, config.batch_size)
-    meter = Meter(total, state.step, state.timed, config.batch_size, ranks.rank > 0)
-    log = Log(run_dir / "metrics.jsonl", config.log_every, steps_per_epoch, ranks)
-    stop = run_folder.StopRequest(run_folder.deadline(STOP_BEFORE_END_S))
-    with stop, manual_gc():
+    return state, forward
+
+
+def train(config: Config, model: CoSsl, loaders: Loaders, device: torch.device, run_dir: Path) -> float:
+    """Trains to the end; returns pictures per second. The first rank alone writes."""
+    state, forward = begin(config, model, loaders.views, device, run_dir)
+    per_epoch, total, first = len(loaders.views), config.epochs * len(loaders.views), model.ranks.rank == 0
+    warmup, peak = round(config.optim.warmup_epochs * per_epoch), peak_lr(config.optim.base_lr, config.batch_size)
+    meter = Meter(total, state.step, state.timed, config.batch_size, not first)
+    with contextlib.ExitStack() as held:
+        log = Log(
+            held.enter_context(track(run_dir, config.tracking, flatten(config))) if first else print,
+            config.log_every,
+            per_epoch,
+            model.ranks,
+        )
+        stop = held.enter_context(run_folder.StopRequest(run_folder.deadline(STOP_BEFORE_END_S)))
+        held.enter_context(manual_gc())
+        held.callback(meter.close)
         while state.step < total:
-            epoch, first = divmod(state.step, steps_per_epoch)
-            for batch in to_device(loader.epoch(epoch, first), device):
-                lr = learning_rate(state.step, total, warmup, peak, config.optim.warmup_start_lr)
+            for batch in to_device(loaders.views.epoch(*divmod(state.step, per_epoch)), device):
+                epoch, lr = state.step / per_epoch, learning_rate(state.step, total, warmup, peak, config.optim.warmup_start_lr)
                 tau = ema_tau(state.step, total, config.optim.ema_tau)
-                step_(state, forward, batch, config, lr, tau, state.step / steps_per_epoch)
+                step_(state, forward, batch, config, lr, tau, epoch)
                 meter.tick()
                 if state.step % config.log_every == 0 or state.step == total:
                     shown = {"lr": lr, "ema_tau": tau, "images_per_s": round(meter.rate(), 1)}
-                    meter.report(log.write(state.window, state.step, shown), state.step, epoch, config.epochs)
+                    meter.report(log.write(state.window, state.step, shown), state.step, int(epoch), config.epochs)
                     state.window = {}
                 stopping = any_rank(bool(stop))
-                if stopping or state.step == total or state.step % (config.checkpoint_every or steps_per_epoch) == 0:
-                    save(state, config, loader, run_dir)
+                if first and state.step % per_epoch == 0 and state.step < total:
+                    end_epoch(state, config, loaders, device, run_dir, log)
+                if stopping or state.step == total or state.step % (config.checkpoint_every or per_epoch) == 0:
+                    save(state, config, loaders.views, run_dir)
                 if stopping:
-                    meter.close()
                     say(f"stopped after step {state.step:,} of {total:,} by {stop.reason or 'another rank'}; go on with --resume")
                     raise SystemExit(run_folder.REQUEUE_EXIT_CODE)
-    meter.close()
     return meter.rate()
+
+
+def end_epoch(state: State, config: Config, loaders: Loaders, device: torch.device, run_dir: Path, log: Log) -> None:
+    """20-NN on a sample if it is due, and the curves; the training loader goes on reading ahead meanwhile."""
+    if loaders.sample and state.step // len(loaders.views) % config.knn_every == 0:
+        count = -(-config.knn_pictures // EVAL_BATCH)
+        some = [itertools.islice(pictures(loader, device, "kNN"), count) for loader in loaders.sample]
+        (train_x, train_y), (val_x, val_y) = (features({"knn": state.model}, batches) for batches in some)
+        state.model.train()
+        log.note(state.step, {"knn_top1": round(knn_top1(train_x["knn"], train_y, val_x["knn"], val_y), 2)})
+    draw_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
 
 
 def save(state: State, config: Config, loader: Loader, run_dir: Path) -> None:
@@ -361,9 +365,7 @@ def save(state: State, config: Config, loader: Loader, run_dir: Path) -> None:
     if state.model.ranks.rank:
         return
     if not all_finite(state.model.parameters()):
-        raise RuntimeError(
-            f"weights not finite at step {state.step}: no checkpoint written, the last ones are whole; lower --optim.base-lr"
-        )
+        raise RuntimeError(f"weights not finite at step {state.step}, the last checkpoints are whole; lower --optim.base-lr")
     epoch, rest = divmod(state.step, len(loader))
     kept = epoch if config.keep_every and not rest and epoch % config.keep_every == 0 else None
     stamp = run_folder.stamp(flatten(config), RESUME_MAY_CHANGE) | {"num_samples": loader.num_samples}
@@ -398,7 +400,7 @@ def build(config: Config, device: torch.device, ranks: Ranks = ALONE) -> CoSsl:
     return CoSsl(config.model, config.loss, ranks).to(device).to(memory_format=torch.channels_last)
 
 
-Ready = tuple[Config, Path, torch.device, dict[str, CoSsl], tuple[PositionSpec, ...], tuple[Loader, Loader, Loader]]
+Ready = tuple[Config, Path, torch.device, dict[str, CoSsl], tuple[PositionSpec, ...], Loaders]
 
 
 def setup(preset: str, config: Config, held: contextlib.ExitStack) -> Ready:
@@ -417,26 +419,29 @@ def setup(preset: str, config: Config, held: contextlib.ExitStack) -> Ready:
     if preset == "demo" and config.data is None and config.loader.backend != "synthetic":
         config = replace(config, data=first_rank(demo_data))
     loaders = open_loaders(config, positions, ranks)
-    for loader in loaders:
+    for loader in (*loaders[:3], *loaders.sample):
         held.callback(loader.close)
     if config.resume:
-        load_checkpoint(run_dir, config, loaders[0].num_samples)
+        load_checkpoint(run_dir, config, loaders.views.num_samples)
 
     def take() -> None:
         held.enter_context(run_folder.lock(run_dir))
         run_folder.choose(run_dir, config.resume, preset)  # what was free before the lock may not be now
 
     first_rank(take)
+    if ranks.rank == 0:
+        held.enter_context(train_log(run_dir))
     return config, run_dir, device, networks, positions, loaders
 
 
 def describe(ready: Ready) -> None:
     """Writes what the run is into its folder, and says it."""
     config, run_dir, device, networks, positions, loaders = ready
-    backbone, ranks = networks["trained"].online.backbone, networks["trained"].ranks
+    backbone, ranks, (train, val) = networks["trained"].online.backbone, networks["trained"].ranks, (loaders.train, loaders.val)
+    say(f"{config.data or 'random pixels'}: {train.num_samples:,} train and {val.num_samples:,} val pictures, {type(train).__name__}")
     grids = ", ".join(f"{p.size} x {p.size} positions that see {p.receptive_field_px:.0f} px each of {p.view_px}" for p in positions)
     say(f"{config.model.method}, {config.model.backbone}: {sum(p.numel() for p in backbone.parameters()) / 1e6:.2f} M parameters, {grids}")
-    share, steps = config.batch_size // ranks.world_size, len(loaders[0])
+    share, steps = config.batch_size // ranks.world_size, len(loaders.views)
     at_once, peak = config.device_batch_size or share, peak_lr(config.optim.base_lr, config.batch_size)
     say(
         f"batch {config.batch_size} = {ranks.world_size} x {share // at_once} x {at_once} (devices, accumulated, at once); "
@@ -453,12 +458,12 @@ def run(preset: str, ready: Ready) -> None:
     if model.ranks.rank == 0:
         replace_text(run_dir / "config.json", json.dumps({"preset": preset} | flatten(config), indent=2))
         run_folder.record_start(run_dir)
-        draw_batch(run_dir / "batch.png", next(iter(loaders[0].epoch(0))), loaders[0].picture, positions[0])
-    rate = train(config, model, loaders[0], device, run_dir)
+        draw_batch(run_dir / "batch.png", next(iter(loaders.views.epoch(0))), loaders.views.picture, positions[0])
+    rate = train(config, model, loaders, device, run_dir)
     leave()
     if model.ranks.rank:
         return
-    results: dict[str, Any] = probes(*(features(networks, pictures(loader, device, "features")) for loader in loaders[1:]))
+    results: dict[str, Any] = probes(*(features(networks, pictures(loader, device, "features")) for loader in (loaders.train, loaders.val)))
     results |= {"images_per_s": round(rate, 1), "protocol": probe.PROTOCOL | {"eval_px": config.eval_px, "features": "pooled, eval mode"}}
     results |= {"seconds": round(time.perf_counter() - began, 1), "torch": torch.__version__, "device": str(device)}
     last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])

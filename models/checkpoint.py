@@ -9,12 +9,43 @@ import os
 import pickle
 import zipfile
 from collections.abc import Collection
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from cossl.models.co_ssl import CoSsl
+from cossl.models.probe import OnlineProbe
 
 NEWEST_FIRST = ("next.pt", "last.pt", "previous.pt")
+
+
+@dataclass
+class State:
+    """What the steps of a run change: all of it is in a checkpoint."""
+
+    model: CoSsl
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    probe: OnlineProbe
+    step: int = 0
+    timed: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    """[steps, seconds] so far, which `Meter` counts."""
+    window: dict[str, Tensor] = field(default_factory=dict)
+    """Sums of the terms since the last line of metrics.jsonl."""
+
+    def save(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+        parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler", "probe")}
+        return parts | {"step": self.step, "timed": self.timed, "window": self.window}
+
+    def load(self, saved: dict[str, Any], device: torch.device) -> None:
+        """Becomes what was saved."""
+        for name in ("model", "optimizer", "scaler", "probe"):
+            getattr(self, name).load_state_dict(saved[name])
+        self.step, self.timed, self.window = saved["step"], saved["timed"], {k: v.to(device) for k, v in saved["window"].items()}
 
 
 def save(run_dir: str | os.PathLike[str], state: dict[str, Any], keep: int | None = None) -> None:

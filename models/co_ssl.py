@@ -235,7 +235,7 @@ class CoSsl(nn.Module):
         self.objective = objective(loss, model.out_dim if objective.has_predictor else model.prototypes, ranks)
 
     def forward(self, views: Sequence[Float[Tensor, "b 3 s s"]], positions: Int[Tensor, "b v k"]) -> dict[str, Tensor]:
-        """Scalars: loss, global, the local directions in use, std; and a matrix [d d], covariance. The first two views are the global ones.
+        """Scalars loss, global, the local directions in use, std; covariance [d d]; features Y [2 b c] of the global views, the first two.
 
         Each term is the mean over its pairs of views (v, w), v any view and w another one of the global two, and over the batch, times the
         objective's `num_terms`: with two views and BYOL or MoCo v3 the SUM over both. Averaging instead would halve the step.
@@ -257,7 +257,8 @@ class CoSsl(nn.Module):
         loss = losses.total(terms["global"], local, self.loss.local_weight, self.loss.combine)
         projected = [online[v].projected for v in TARGET_VIEWS]
         shape = {"std": self._mean([spread(z) for z in projected]), "covariance": torch.stack([covariance(z) for z in projected]).mean(0)}
-        return {"loss": loss, **terms, **shape}
+        features = torch.stack([online[v].pooled for v in TARGET_VIEWS]).detach()
+        return {"loss": loss, **terms, **shape, "features": features}
 
     def _local(
         self, online: list[Seen], target: list[Seen], goals: list[Tensor], every: list[Tensor], positions: Int[Tensor, "b v k"]

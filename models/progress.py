@@ -1,12 +1,10 @@
 """What a run tells while it trains: the lines of metrics.jsonl, and progress on stderr."""
 
 import gc
-import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,8 +17,9 @@ from cossl.models.parallel import Ranks
 class Log:
     """The lines of metrics.jsonl: means since the line before, over the steps that counted and over all ranks."""
 
-    def __init__(self, path: Path, log_every: int, steps_per_epoch: int, ranks: Ranks) -> None:
-        self.path, self.log_every, self.steps_per_epoch, self.ranks, self.collapsed = path, log_every, steps_per_epoch, ranks, False
+    def __init__(self, write: Callable[[dict[str, float]], None], log_every: int, steps_per_epoch: int, ranks: Ranks) -> None:
+        """`write` takes a line, on the first rank."""
+        self._write, self.log_every, self.steps_per_epoch, self.ranks, self.collapsed = write, log_every, steps_per_epoch, ranks, False
 
     def write(self, window: dict[str, Tensor], step: int, shown: dict[str, float]) -> dict[str, float]:
         """The means of a window's sums, which become a line together with what is `shown`; every rank has to call it.
@@ -38,11 +37,15 @@ class Log:
         if bad:
             raise RuntimeError(f"{', '.join(bad)} not finite {between}: the last checkpoint is whole; lower --optim.base-lr")
         record |= {"rank": effective_rank(covariance / count)} | ({"skipped": length - count} if count < length else {})
+        self.note(step, record | shown)
         if self.ranks.rank == 0:
-            with open(self.path, "a") as file:
-                file.write(json.dumps({"step": step, "epoch": step / self.steps_per_epoch, **record, **shown}) + "\n")
             self._warn(step, record)
         return record
+
+    def note(self, step: int, values: dict[str, float]) -> None:
+        """A line of its own."""
+        if self.ranks.rank == 0:
+            self._write({"step": step, "epoch": step / self.steps_per_epoch, **values})
 
     def _warn(self, step: int, record: dict[str, float]) -> None:
         before, self.collapsed = self.collapsed, has_collapsed(record["std"], record["rank"])

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from cossl.pipelines.batch import Loader, LoaderSpec
@@ -68,3 +68,28 @@ def make_loader(backend: str, source: Path, spec: LoaderSpec) -> Loader:
     module, name = LOADERS[choose_backend(backend, source)]
     build: Callable[[Path, LoaderSpec], Loader] = getattr(import_module(module), name)
     return build(source, spec)
+
+
+class Loaders(NamedTuple):
+    """The training views, the pictures of train and val as they are, and those of both in random order (or nothing): a sample's."""
+
+    views: Loader
+    train: Loader
+    val: Loader
+    sample: tuple[Loader, ...]
+
+
+def open_splits(data: Path | None, backend: str, views: LoaderSpec, whole: LoaderSpec, sample: bool) -> Loaders:
+    """The loaders of `data`'s train and val: `views` of train, the `whole` pictures of both, and the same shuffled if a `sample` is wanted.
+
+    ValueError or FileNotFoundError, of one line, where there are no such pictures or the splits have different classes.
+    """
+    if data is None and backend != "synthetic":
+        raise ValueError("--data is missing: give a folder with train.beton and val.beton (see `cossl convert`), or with train/ and val/")
+    sources = [Path() if data is None else find_split(data, split, backend) for split in ("train", "val")]
+    training, (train, val) = make_loader(backend, sources[0], views), [make_loader(backend, source, whole) for source in sources]
+    if train.class_names != val.class_names:
+        raise ValueError(f"{sources[0]} and {sources[1]} have different classes: convert both from folders with the same class folders")
+    drawn = [replace(whole, shuffle=True, batch_size=min(whole.batch_size, all_.num_samples)) for all_ in (train, val)]
+    shuffled = [make_loader(backend, source, spec) for source, spec in zip(sources, drawn, strict=True)] if sample else []
+    return Loaders(training, train, val, tuple(shuffled))

@@ -21,6 +21,7 @@ from PIL import Image
 from cossl import train
 from cossl.models import checkpoint, co_ssl
 from cossl.models.optim import make_optimizer
+from cossl.models.probe import OnlineProbe
 from cossl.pipelines.augment import augment
 from cossl.pipelines.batch import LoaderSpec
 from cossl.pipelines.synthetic import SyntheticLoader
@@ -81,7 +82,7 @@ def test_a_run_leaves_its_record(finished: Path) -> None:
     assert results["images_per_s"] > 0
     assert results["protocol"]["knn_k"] == 20
     assert [r["step"] for r in metrics(finished)] == list(range(1, 16))
-    assert {"loss", "global", "local_to_global", "global_to_local", "lr", "ema_tau"} <= set(metrics(finished)[0])
+    assert {"loss", "global", "local_to_global", "global_to_local", "probe_top1", "lr", "ema_tau"} <= set(metrics(finished)[0])
     assert all(r["positions"] == 4 and r["views_without_position"] == 0 for r in metrics(finished))
     config = json.loads((finished / "config.json").read_text())
     assert config["preset"] == "demo"
@@ -97,6 +98,17 @@ def test_training_moves_the_weights_and_the_untrained_row_does_not(finished: Pat
     initial = train.CoSsl(train.parse(["demo", *TINY])[1].model, train.LossConfig()).state_dict()
     moved = [k for k in initial if "weight" in k and k.startswith("online") and not torch.equal(initial[k], state["model"][k])]
     assert len(moved) > 20
+
+
+def test_knn_while_the_run_goes_on_changes_nothing_else(finished: Path, pictures: Path, tmp_path: Path) -> None:
+    run(pictures, tmp_path / "run", "--knn-every", "1", "--knn-pictures", "64")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    tested = [line for line in lines if "knn_top1" in line]
+    assert [(line["step"], set(line)) for line in tested] == [(step, {"step", "epoch", "knn_top1"}) for step in (5, 10)]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines if line not in tested))
+    assert_same_run(finished, tmp_path / "run")
+    assert "collapsed" not in (tmp_path / "run" / "train.log").read_text()
+    assert (tmp_path / "run" / "train.log").read_text().endswith("finished\n")
 
 
 def test_another_seed_is_another_run(finished: Path, pictures: Path, tmp_path: Path) -> None:
@@ -151,7 +163,8 @@ def test_parts_of_a_batch_add_up_to_the_gradients_of_their_mean_loss() -> None:
     spec = LoaderSpec(config.views.specs(), 8, positions=train.position_specs(config, model))
     batch = next(SyntheticLoader(Path(), spec).epoch(0))
     optimizer = make_optimizer(model.online.named_parameters(), config.optim)
-    state = train.State(model, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    online_probe = OnlineProbe(model.online.backbone.out_channels, 10)
+    state = train.State(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), online_probe)
     train.step_(state, model, batch, config, 0.5, 0.9, 0)
     losses = []
     for part in (slice(0, 4), slice(4, 8)):

@@ -21,8 +21,10 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from cossl.models.checkpoint import State
 from cossl.models.co_ssl import CoSsl
 from cossl.models.optim import make_optimizer
+from cossl.models.probe import OnlineProbe
 from cossl.models.run_folder import parse_flags
 from cossl.pipelines import choose_backend, find_split, make_loader
 from cossl.pipelines.augment import augment
@@ -34,7 +36,7 @@ from cossl.pipelines.ffcv_stock import INSTALL_FFCV
 from cossl.pipelines.views import evaluation
 from cossl.tools.bench import Stopwatch, installed, machine, num_cores, progress
 from cossl.tools.bench_pictures import LARGEST_SET, prepare
-from cossl.train import PRESETS, Config, State, build, position_specs, step_
+from cossl.train import PRESETS, Config, build, position_specs, step_
 
 INSTALL_LOG = "pip install -c constraints.txt -e '.[log]'"
 OPTIONAL = {  # package: what it is for, the line that installs it
@@ -189,7 +191,8 @@ def augmenting(batch: Batch, device: torch.device) -> tuple[Stage, float]:
 
 def stepping(config: Config, model: CoSsl, batch: Batch, device: torch.device, augment_s: float) -> Stage:
     """Forward, backward and optimizer of the preset, without its augmentation and without torch.compile."""
-    state = State(model, make_optimizer(model.online.named_parameters(), config.optim), torch.amp.GradScaler(device.type, enabled=False))
+    optimizer, scaler = make_optimizer(model.online.named_parameters(), config.optim), torch.amp.GradScaler(device.type, enabled=False)
+    state = State(model, optimizer, scaler, OnlineProbe(model.online.backbone.out_channels, int(batch.label.max()) + 2).to(device))
     seconds = _seconds(lambda: step_(state, model, batch, config, 1e-4, 0.99, 0), device)
     alone = max(seconds - augment_s, 1e-9)
     seen = f"{1e3 * alone:,.1f} ms a step of {len(batch.index)} pictures, {config.precision}, not compiled"
