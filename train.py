@@ -152,8 +152,7 @@ def in1k_dino() -> Config:
 def in1k_mocov3() -> Config:
     """CO-MoCo v3: RF99-ResNet50, 100 epochs of ImageNet-1K, batch 4096, MoCo v3's 100-epoch recipe."""
     # facebookresearch/moco-v3, README and main_moco.py: LARS 0.6, 1e-6, m 0.99, T 1.0, crop-min 0.2, 4096/256, norm on the projections.
-    model, optim = ModelConfig(method="mocov3", output_norm=True), OptimConfig(base_lr=0.6)
-    return Config(model=model, optim=optim, views=ViewsConfig(crop_min=0.2))
+    return Config(model=ModelConfig(method="mocov3", output_norm=True), optim=OptimConfig(base_lr=0.6), views=ViewsConfig(crop_min=0.2))
 
 
 def in100() -> Config:
