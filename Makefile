@@ -2,12 +2,13 @@
 #   make demo   train CO-BYOL on a small generated picture set, end to end (about three minutes on 2 CPU cores)
 #   make test   the test suite        make lint type   ruff, import contracts, mypy        make setup   install only
 #   make bench  our loaders beside their peers (within five minutes)
+#   make gpu-report   everything that needs a GPU, within ten minutes; without network: python -m cossl.tools.gpu_report
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo setup test lint type bench clean
+.PHONY: demo setup test lint type bench gpu-report clean
 
 demo: setup
 	$(BIN)/cossl train demo
@@ -30,6 +31,9 @@ type: setup
 
 bench: setup
 	$(BIN)/cossl bench loaders --quick
+
+gpu-report: setup
+	$(BIN)/python -m cossl.tools.gpu_report
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

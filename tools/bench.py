@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 KINDS: dict[str, tuple[str, str, str]] = {  # kind: module, function, what it measures
     "loaders": ("cossl.tools.bench_loaders", "loaders_main", "our loaders beside stock ffcv, torchvision and DALI: bench loaders [SRC]"),
     "heads": ("cossl.tools.bench_heads", "heads_main", "local heads, forward and backward, by positions sampled: bench heads"),
+    "step": ("cossl.tools.bench_step", "step_main", "the training step: loader, compute, overlap, compiled, peers: bench step PRESET"),
     "parity": ("cossl.tools.bench_parity", "parity_main", "pixels of every loader against the PIL reference: bench parity [SRC]"),
 }
 
