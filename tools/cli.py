@@ -9,6 +9,7 @@ from importlib import import_module
 
 VERBS: dict[str, tuple[str, str, str]] = {  # verb: module, function, what it does
     "train": ("cossl.train", "main", "train a preset end to end: train demo | imagenette | in1k"),
+    "runs": ("cossl.tools.runs", "runs_main", "which runs there are, and how far each is: runs --state running"),
     "convert": ("cossl.tools.write_beton", "convert_main", "an image folder to a beton: convert SRC OUT.beton"),
     "verify": ("cossl.tools.write_beton", "verify_main", "prove that a beton is whole: verify OUT.beton"),
     "bench": ("cossl.tools.bench", "main", "what things cost here, beside their peers: bench loaders"),
