@@ -63,7 +63,7 @@ class Config:
     run_dir: Path | None = None
     """Where the run is written; default runs/<preset>-<date>-<time>."""
     resume: bool = False
-    """Go on from the last checkpoint in --run-dir."""
+    """Go on from the last checkpoint in --run-dir, or start there if there is none yet."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """bf16 autocast, fp16 autocast with a loss scaler (it waits for the device at every step), or float32 (on a GPU with TF32 products)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -405,14 +405,13 @@ Ready = tuple[Config, Path, torch.device, dict[str, CoSsl], tuple[PositionSpec, 
 def setup(preset: str, config: Config, held: contextlib.ExitStack) -> Ready:
     """Everything that a wrong flag, path or file can spoil, before anything is trained; what must last as long as the run is `held`."""
     device = choose_device(config.device)
-    torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("high")  # TF32 where there is some
     ranks = join(device)
     held.callback(leave)
     share = config.batch_size // ranks.world_size
     if config.device_batch_size and share % config.device_batch_size:
         raise ValueError(f"--device-batch-size {config.device_batch_size} does not divide the {share} pictures of each device")
-    run_dir = first_rank(lambda: run_folder.choose(config.run_dir, config.resume, preset))
+    asked, run_dir = config.resume, first_rank(lambda: run_folder.choose(config.run_dir, config.resume, preset))
+    config = replace(config, resume=asked and first_rank(lambda: checkpoint.exists(run_dir)))
     networks = {"trained": build(config, device, ranks), "untrained": build(config, device)}
     positions = position_specs(config, networks["trained"])
     if preset == "demo" and config.data is None and config.loader.backend != "synthetic":
@@ -425,7 +424,7 @@ def setup(preset: str, config: Config, held: contextlib.ExitStack) -> Ready:
 
     def take() -> None:
         held.enter_context(run_folder.lock(run_dir))
-        run_folder.choose(run_dir, config.resume, preset)  # what was free before the lock may not be now
+        run_folder.choose(run_dir, asked, preset)  # what was free before the lock may not be now
 
     first_rank(take)
     if ranks.rank == 0:

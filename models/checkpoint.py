@@ -80,6 +80,11 @@ def newest(run_dir: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
     raise ValueError(f"{run_dir} has no checkpoint that can be read: {', '.join(passed_over)}; copy one from elsewhere, or start a new run")
 
 
+def exists(run_dir: str | os.PathLike[str]) -> bool:
+    """Whether there is a checkpoint to go on from, be it whole or not."""
+    return any((Path(run_dir) / name).exists() for name in NEWEST_FIRST)
+
+
 def names(run_dir: str | os.PathLike[str]) -> list[str]:
     """Names of the files from which the run can go on, newest first. ValueError if there is none."""
     found = [name for name in NEWEST_FIRST if (Path(run_dir) / name).exists()]

@@ -17,7 +17,10 @@ PATIENCE = timedelta(hours=1)
 
 
 def choose_device(name: str) -> torch.device:
-    """cpu, or the GPU of this process: the one of its number on its node, or the only one it can see. ValueError where there is none."""
+    """cpu, or the GPU of this process: the one of its number on its node, or the only one it can see. ValueError where there is none.
+
+    On a GPU cuDNN tries its algorithms out, and float32 products are TF32's.
+    """
     found = torch.cuda.is_available()
     if name == "cuda" and not found:
         raise ValueError("--device cuda: no GPU is visible to torch; use --device cpu, or mend the driver")
@@ -26,6 +29,8 @@ def choose_device(name: str) -> torch.device:
     environment = _environment()
     device = torch.device("cuda", int(environment.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     torch.cuda.set_device(device)
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")  # TF32
     return device
 
 

@@ -69,11 +69,17 @@ def config_hash(config: dict[str, Any], ignore: Collection[str] = ()) -> str:
 
 
 def choose(run_dir: Path | None, resume: bool, preset: str) -> Path:
-    """The run's folder, not yet made; default runs/<preset>-<date>-<time>. ValueError if it holds another run or none to resume."""
+    """The run's folder, not yet made; default runs/<preset>-<date>-<time>. ValueError if it holds another run, or to resume none.
+
+    To resume, a folder that is not there yet is right too, and one that a run left before its first checkpoint: a job that may be
+    requeued at any moment has one command for its start and for going on.
+    """
     if resume:
         if run_dir is None:
             raise ValueError("--resume needs --run-dir, the folder of the run to go on with")
-        checkpoint.names(run_dir)
+        known = checkpoint.exists(run_dir) or (run_dir / "config.json").exists() or not run_dir.exists()
+        if not known and any(path.name not in ("lock", "train.log") for path in run_dir.iterdir()):
+            raise ValueError(f"{run_dir} is no run's folder, it has no config.json: give the one of the run to go on with")
         return run_dir
     run_dir = run_dir or Path("runs") / f"{preset}-{datetime.now():%Y%m%d-%H%M%S}"
     if run_dir.exists() and (not run_dir.is_dir() or any(path.name != "lock" for path in run_dir.iterdir())):

@@ -186,6 +186,17 @@ def test_a_run_that_has_collapsed_says_so_once(pictures: Path, tmp_path: Path, c
     assert results["collapsed"]
 
 
+def test_resume_before_the_first_checkpoint_is_a_start(finished: Path, pictures: Path, tmp_path: Path) -> None:
+    """A requeued job's one command: no folder yet, then what a run killed in its first steps leaves, then a checkpoint."""
+    run_dir = tmp_path / "run"
+    run(pictures, run_dir, "--resume")
+    assert_same_run(finished, run_dir)
+    for path in run_dir.glob("*.pt"):
+        path.unlink()
+    run(pictures, run_dir, "--resume")
+    assert_same_run(finished, run_dir)
+
+
 @pytest.mark.parametrize("kill_at", [1, 5, 8])
 def test_killed_and_resumed_ends_in_the_same_weights(finished: Path, pictures: Path, tmp_path: Path, kill_at: int) -> None:
     """SIGKILL once step `kill_at` is on record (5 is an epoch's end), then --resume, with another number of workers."""
@@ -239,7 +250,10 @@ def test_a_non_finite_loss_names_the_steps(pictures: Path, tmp_path: Path) -> No
         (["imagenette"], ["--data", "cossl convert"]),
         (["imagenette", "--data", "nowhere"], ["nowhere does not exist", "train.beton"]),
         (["imagenette", "--resume"], ["--resume needs --run-dir"]),
-        (["demo", "--loader.backend", "synthetic", "--resume", "--run-dir", "nowhere"], ["nowhere", "nothing to resume"]),
+        (
+            ["demo", "--loader.backend", "synthetic", "--resume", "--run-dir", str(Path(__file__).parent)],
+            ["no run's folder", "config.json"],
+        ),
         (["demo", "--loader.backend", "synthetic", "--positions.strategy", "uniform", "--positions.count", "99"], ["99", "1 to 16"]),
         (["demo", "--loader.backend", "synthetic", "--batch-size", "5000"], ["5000", "4096", "--batch-size"]),
         (["demo", "--loader.backend", "synthetic", "--views.crop-min", "0"], ["crop area"]),
