@@ -5,6 +5,7 @@ takes on the whole batch, to rounding.
 """
 
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -165,4 +166,6 @@ def distribute(model: nn.Module, sync_norms: bool = True, group_size: int | None
     """
     if sync_norms:
         model = sync_batch_norms(model, group_size)
+    # A 1x1 kernel has two sets of strides for one layout; the sum of two gradients, of a head on a map and on vectors, has the other one.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     return DistributedDataParallel(model, **_OWN_BUFFERS, gradient_as_bucket_view=True)

@@ -71,6 +71,7 @@ def test_two_processes_stopped_and_resumed_by_one_take_the_steps_of_one(pictures
     assert "batch 16 = 2 x 1 x 8" in first[1]
     assert "another rank" in first[1]
     assert second[1] == ""
+    assert "Warning" not in first[2] + second[2]
     stopped = checkpoint.load(tmp_path / "two" / "last.pt")["step"]
     assert 3 <= stopped < 15
     (again, silent) = ends(start(2, True, *flags, "--checkpoint-every", "100", "--resume"))
