@@ -1,6 +1,7 @@
 # Every target works from a bare clone: it installs what it needs first, and only once.
 #   make demo   train CO-BYOL on a small generated picture set, end to end (about three minutes on 2 CPU cores)
 #   make test   the test suite        make lint type   ruff, import contracts, mypy        make setup   install only
+#   make test-long   the tests that take minutes (kills at random moments)
 #   make bench  our loaders beside their peers (within five minutes)
 #   make gpu-report   everything that needs a GPU, within ten minutes; without network: python -m cossl.tools.gpu_report
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo setup test lint type bench gpu-report clean
+.PHONY: demo setup test test-long lint type bench gpu-report clean
 
 demo: setup
 	$(BIN)/cossl train demo
@@ -21,6 +22,9 @@ $(READY): pyproject.toml constraints.txt tools/setup.sh
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-long: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m long
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports

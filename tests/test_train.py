@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -220,6 +221,30 @@ def test_killed_and_resumed_ends_in_the_same_weights(finished: Path, pictures: P
         return
     run(pictures, run_dir, "--resume", "--checkpoint-every", "2", "--loader.workers", "2")
     assert_same_run(finished, run_dir)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("flags", [[], ["--model.method", "dino", "--model.prototypes", "32", *MULTI_CROP]], ids=["byol", "dino"])
+def test_a_run_killed_at_ten_random_moments_ends_as_if_it_had_not_been(pictures: Path, tmp_path: Path, flags: list[str]) -> None:
+    """SIGKILL after 0 to 3 further steps, or before the first, ten times over, each time with another number of workers."""
+    run(pictures, tmp_path / "whole", *flags)
+    random, run_dir, steps = np.random.default_rng(len(flags)), tmp_path / "run", []
+    for life in range(10):
+        common = ["--data", str(pictures), "--run-dir", str(run_dir), "--epochs", "3", "--checkpoint-every", "1", "--resume", *TINY, *flags]
+        command = [sys.executable, "-m", "cossl.train", "demo", "--loader.workers", str(life % 3), *common]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        log, until = run_dir / "metrics.jsonl", time.monotonic() + 120
+        goal = (steps[-1] if steps else 0) + int(random.integers(0, 4))
+        while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= goal):
+            assert time.monotonic() < until
+            time.sleep(0.002)
+        time.sleep(random.uniform(0, 0.3))
+        process.kill()
+        assert process.wait() in (-signal.SIGKILL, 0)
+        steps.append(checkpoint.newest(run_dir)[0]["step"] if checkpoint.exists(run_dir) else 0)
+    assert len(set(steps)) > 3, steps
+    run(pictures, run_dir, "--checkpoint-every", "1", "--resume", *flags)
+    assert_same_run(tmp_path / "whole", run_dir)
 
 
 def test_a_non_finite_loss_names_the_steps(pictures: Path, tmp_path: Path) -> None:
