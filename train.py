@@ -1,8 +1,8 @@
 """Train CO-SSL, end to end: `cossl train PRESET [flags]` (`cossl train demo` needs nothing else).
 
 Read top to bottom: what a run is (Config and presets), where its pictures come from, one step, the loop, the evaluation.
-A run is a function of its config and seed. Everything it learns is in its folder: config.json, metrics.jsonl, last.pt and previous.pt,
-batch.png (a batch as the network sees it), curves.png, results.json.
+A run is a function of its config and seed. Everything it learns is in its folder: config.json, environment.json, metrics.jsonl, train.log,
+last.pt and previous.pt, batch.png (a batch as the network sees it), curves.png, results.json.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from cossl.models.checkpoint import State
 from cossl.models.co_ssl import TARGET_VIEWS, CoSsl, LossConfig, ModelConfig, has_collapsed
 from cossl.models.features import features, probes
 from cossl.models.launch import any_rank, choose_device, first_rank, join, leave
-from cossl.models.optim import OptimConfig, adjust_gradients_, all_finite, ema_tau, learning_rate, make_optimizer, peak_lr
+from cossl.models.optim import OptimConfig, adjust_gradients_, all_finite, make_optimizer, peak_lr, schedule
 from cossl.models.parallel import ALONE, Ranks, current_ranks, distribute
 from cossl.models.probe import OnlineProbe, knn_top1
 from cossl.models.progress import Log, Meter, manual_gc
 from cossl.models.run_folder import flatten, parse_flags, replace_text
-from cossl.models.tracking import TrackingConfig, track, train_log
+from cossl.models.tracking import TrackingConfig, Write, track, train_log
 from cossl.pipelines import LoaderConfig, Loaders, open_splits
 from cossl.pipelines.augment import augment, normalize
 from cossl.pipelines.batch import Batch, Loader, LoaderSpec, to_device
@@ -57,7 +57,7 @@ class Config:
     """Pictures per optimizer step, over all devices."""
     device_batch_size: int = 0
     """Pictures that pass through the network at once on each device, 0 for its whole share; fewer means that gradients are accumulated.
-    Batch norms, and MoCo v3's keys, then see so many."""
+    Batch norms and MoCo v3's keys then see so many, and DINO's centres move once for each."""
     seed: int = 0
     """Fixes the initial weights, the order of the pictures, every crop and every colour."""
     run_dir: Path | None = None
@@ -197,7 +197,7 @@ def position_specs(config: Config, model: CoSsl) -> tuple[PositionSpec, ...]:
     """For each view size what positions its map has and which are drawn, the global views' first; none for small views left out."""
     sizes = dict.fromkeys(view.size_px for view in config.views.specs())
     small = {px: px != config.views.size_px for px in sizes}
-    used = [px for px in sizes if config.loss.small_views or not small[px]]
+    used = [px for px in sizes if config.loss.small_locals or not small[px]]
     return tuple(config.positions.spec(*model.position_grid(px), small=small[px]) for px in used)
 
 
@@ -262,7 +262,7 @@ def step_(state: State, forward: Forward, batch: Batch, config: Config, lr: floa
                 terms = forward(views, batch.positions[part])
             state.scaler.scale(terms["loss"] / len(parts)).backward()
         every.append({name: term.detach() for name, term in terms.items()})
-    drawn = batch.positions[:, : None if config.loss.small_views else len(TARGET_VIEWS)] >= 0
+    drawn = batch.positions[:, : None if config.loss.small_locals else len(TARGET_VIEWS)] >= 0
     positions = {"positions": drawn.sum(2).float().mean(), "views_without_position": 1 - drawn.any(2).float().mean()}
     features = torch.cat([terms.pop("features") for terms in every], 1)
     terms = {name: torch.stack([terms[name] for terms in every]).mean(0) for name in every[0]} | positions
@@ -271,11 +271,12 @@ def step_(state: State, forward: Forward, batch: Batch, config: Config, lr: floa
     if before is not None and not all_finite(p.grad for p in model.parameters()):
         for buffer, value in zip(model.buffers(), before, strict=True):
             buffer.copy_(value)
-        terms = {name: torch.zeros_like(term) for name, term in terms.items()} | {"steps": torch.zeros((), device=device)}
+        terms = {name: torch.zeros_like(term) for name, term in terms.items()}
+        terms |= {"steps": torch.zeros((), device=device), "skipped": torch.ones((), device=device)}
     else:
         update_(state, config, lr, epoch)
         model.update_target_(tau)
-        terms["steps"] = torch.ones((), device=device)
+        terms |= {"steps": torch.ones((), device=device), "skipped": torch.zeros((), device=device)}
     state.window = {name: state.window[name] + term if name in state.window else term for name, term in terms.items()}
 
 
@@ -295,7 +296,8 @@ def update_(state: State, config: Config, lr: float, epoch: float) -> None:
 def begin(config: Config, model: CoSsl, loader: Loader, device: torch.device, run_dir: Path) -> tuple[State, Any]:
     """The state to train from, that of the last checkpoint if resuming, and the model's forward, compiled and distributed."""
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-    online_probe = OnlineProbe(model.online.backbone.out_channels, len(loader.class_names), model.ranks).to(device)
+    classes = max(2, len(loader.class_names))  # pictures without labels are of one class
+    online_probe = OnlineProbe(model.online.backbone.out_channels, classes, model.ranks).to(device)
     state = State(model, make_optimizer(model.online.named_parameters(), config.optim), scaler, online_probe)
     model.online.backbone.recompute = config.recompute
     if config.compile and device.type == "cuda":
@@ -310,26 +312,24 @@ def begin(config: Config, model: CoSsl, loader: Loader, device: torch.device, ru
     return state, forward
 
 
-def train(config: Config, model: CoSsl, loaders: Loaders, device: torch.device, run_dir: Path) -> float:
-    """Trains to the end; returns pictures per second. The first rank alone writes."""
+def train(config: Config, model: CoSsl, loaders: Loaders, device: torch.device, run_dir: Path, writers: list[Write]) -> float:
+    """Trains to the end; returns pictures per second. What the first rank alone does the others wait for, and leave if it fails."""
     state, forward = begin(config, model, loaders.views, device, run_dir)
-    per_epoch, total, first = len(loaders.views), config.epochs * len(loaders.views), model.ranks.rank == 0
-    warmup, peak = round(config.optim.warmup_epochs * per_epoch), peak_lr(config.optim.base_lr, config.batch_size)
-    meter = Meter(total, state.step, state.timed, config.batch_size, not first)
+    per_epoch, total = len(loaders.views), config.epochs * len(loaders.views)
+    rates, log = schedule(config.optim, config.epochs, per_epoch, config.batch_size), Log(writers, per_epoch, model.ranks)
+    meter = Meter(total, state.step, state.timed, config.batch_size, model.ranks.rank > 0)
     with contextlib.ExitStack() as held:
-        log = Log(
-            held.enter_context(track(run_dir, config.tracking, flatten(config))) if first else print,
-            config.log_every,
-            per_epoch,
-            model.ranks,
-        )
         stop = held.enter_context(run_folder.StopRequest(run_folder.deadline(STOP_BEFORE_END_S)))
         held.enter_context(manual_gc())
         held.callback(meter.close)
         while state.step < total:
-            for batch in to_device(loaders.views.epoch(*divmod(state.step, per_epoch)), device):
-                epoch, lr = state.step / per_epoch, learning_rate(state.step, total, warmup, peak, config.optim.warmup_start_lr)
-                tau = ema_tau(state.step, total, config.optim.ema_tau)
+            batches = to_device(loaders.views.epoch(*divmod(state.step, per_epoch)), device)
+            batches = itertools.chain([next(batches)], batches)  # the loader reads ahead from here on
+            if state.step and state.step % per_epoch == 0:
+                first_rank(lambda: between_epochs(state, config, loaders, device, run_dir, log))
+                meter.pause()
+            for batch in batches:
+                epoch, (lr, tau) = state.step / per_epoch, rates(state.step)
                 step_(state, forward, batch, config, lr, tau, epoch)
                 meter.tick()
                 if state.step % config.log_every == 0 or state.step == total:
@@ -337,8 +337,6 @@ def train(config: Config, model: CoSsl, loaders: Loaders, device: torch.device, 
                     meter.report(log.write(state.window, state.step, shown), state.step, int(epoch), config.epochs)
                     state.window = {}
                 stopping = any_rank(bool(stop))
-                if first and state.step % per_epoch == 0 and state.step < total:
-                    end_epoch(state, config, loaders, device, run_dir, log)
                 if stopping or state.step == total or state.step % (config.checkpoint_every or per_epoch) == 0:
                     save(state, config, loaders.views, run_dir)
                 if stopping:
@@ -347,28 +345,26 @@ def train(config: Config, model: CoSsl, loaders: Loaders, device: torch.device, 
     return meter.rate()
 
 
-def end_epoch(state: State, config: Config, loaders: Loaders, device: torch.device, run_dir: Path, log: Log) -> None:
-    """20-NN on a sample if it is due, and the curves; the training loader goes on reading ahead meanwhile."""
+def between_epochs(state: State, config: Config, loaders: Loaders, device: torch.device, run_dir: Path, log: Log) -> None:
+    """20-NN on a sample if it is due, and the curves, while the training loader reads ahead. A run resumed here does it (again)."""
     if loaders.sample and state.step // len(loaders.views) % config.knn_every == 0:
-        count = -(-config.knn_pictures // EVAL_BATCH)
-        some = [itertools.islice(pictures(loader, device, "kNN"), count) for loader in loaders.sample]
+        n = config.knn_pictures
+        some = [itertools.islice(pictures(loader, device, "kNN"), -(-n // EVAL_BATCH)) for loader in loaders.sample]
         (train_x, train_y), (val_x, val_y) = (features({"knn": state.model}, batches) for batches in some)
         state.model.train()
-        log.note(state.step, {"knn_top1": round(knn_top1(train_x["knn"], train_y, val_x["knn"], val_y), 2)})
+        log.note(state.step, {"knn_top1": round(knn_top1(train_x["knn"][:n], train_y[:n], val_x["knn"][:n], val_y[:n]), 2)})
     draw_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
 
 
 def save(state: State, config: Config, loader: Loader, run_dir: Path) -> None:
-    """A checkpoint, by the first rank. RuntimeError, and the ones before stay, where the weights are not finite."""
+    """A checkpoint, by the first rank, for which the others wait. RuntimeError, and the ones before stay, if the state is not finite."""
     gc.collect()
-    if state.model.ranks.rank:
-        return
-    if not all_finite(state.model.parameters()):
+    if not all_finite(tensor for tensor in state.model.state_dict().values() if tensor.is_floating_point()):
         raise RuntimeError(f"weights not finite at step {state.step}, the last checkpoints are whole; lower --optim.base-lr")
     epoch, rest = divmod(state.step, len(loader))
     kept = epoch if config.keep_every and not rest and epoch % config.keep_every == 0 else None
     stamp = run_folder.stamp(flatten(config), RESUME_MAY_CHANGE) | {"num_samples": loader.num_samples}
-    checkpoint.save(run_dir, state.save() | stamp, kept)
+    first_rank(lambda: checkpoint.save(run_dir, state.save() | stamp, kept))
 
 
 # ------------------------------------------------------------------------------------------------- the evaluation
@@ -399,7 +395,7 @@ def build(config: Config, device: torch.device, ranks: Ranks = ALONE) -> CoSsl:
     return CoSsl(config.model, config.loss, ranks).to(device).to(memory_format=torch.channels_last)
 
 
-Ready = tuple[Config, Path, torch.device, dict[str, CoSsl], tuple[PositionSpec, ...], Loaders]
+Ready = tuple[Config, Path, torch.device, dict[str, CoSsl], tuple[PositionSpec, ...], Loaders, list[Write]]
 
 
 def setup(preset: str, config: Config, held: contextlib.ExitStack) -> Ready:
@@ -410,6 +406,8 @@ def setup(preset: str, config: Config, held: contextlib.ExitStack) -> Ready:
     share = config.batch_size // ranks.world_size
     if config.device_batch_size and share % config.device_batch_size:
         raise ValueError(f"--device-batch-size {config.device_batch_size} does not divide the {share} pictures of each device")
+    if config.norm_group and (not config.sync_norms or ranks.world_size % config.norm_group):
+        raise ValueError(f"--norm-group {config.norm_group}: expected 0, or a divisor of the {ranks.world_size} devices and --sync-norms")
     asked, run_dir = config.resume, first_rank(lambda: run_folder.choose(config.run_dir, config.resume, preset))
     config = replace(config, resume=asked and first_rank(lambda: checkpoint.exists(run_dir)))
     networks = {"trained": build(config, device, ranks), "untrained": build(config, device)}
@@ -419,49 +417,52 @@ def setup(preset: str, config: Config, held: contextlib.ExitStack) -> Ready:
     loaders = open_loaders(config, positions, ranks)
     for loader in (*loaders[:3], *loaders.sample):
         held.callback(loader.close)
+    schedule(config.optim, config.epochs, len(loaders.views), config.batch_size)(0)
     if config.resume:
         load_checkpoint(run_dir, config, loaders.views.num_samples)
+    elif asked:
+        say(f"no checkpoint in {run_dir} yet: starting at step 0")
+    writers: list[Write] = []
 
     def take() -> None:
         held.enter_context(run_folder.lock(run_dir))
         run_folder.choose(run_dir, asked, preset)  # what was free before the lock may not be now
+        held.enter_context(train_log(run_dir))
+        writers.append(held.enter_context(track(run_dir, config.tracking, flatten(config))))
 
     first_rank(take)
-    if ranks.rank == 0:
-        held.enter_context(train_log(run_dir))
-    return config, run_dir, device, networks, positions, loaders
+    return config, run_dir, device, networks, positions, loaders, writers
 
 
-def describe(ready: Ready) -> None:
-    """Writes what the run is into its folder, and says it."""
-    config, run_dir, device, networks, positions, loaders = ready
+def describe(preset: str, ready: Ready) -> None:
+    """Says what the run is, and writes it into its folder."""
+    config, run_dir, device, networks, positions, loaders, _ = ready
     backbone, ranks, (train, val) = networks["trained"].online.backbone, networks["trained"].ranks, (loaders.train, loaders.val)
     say(f"{config.data or 'random pixels'}: {train.num_samples:,} train and {val.num_samples:,} val pictures, {type(train).__name__}")
     grids = ", ".join(f"{p.size} x {p.size} positions that see {p.receptive_field_px:.0f} px each of {p.view_px}" for p in positions)
     say(f"{config.model.method}, {config.model.backbone}: {sum(p.numel() for p in backbone.parameters()) / 1e6:.2f} M parameters, {grids}")
     share, steps = config.batch_size // ranks.world_size, len(loaders.views)
     at_once, peak = config.device_batch_size or share, peak_lr(config.optim.base_lr, config.batch_size)
-    say(
-        f"batch {config.batch_size} = {ranks.world_size} x {share // at_once} x {at_once} (devices, accumulated, at once); "
-        f"{config.optim.optimizer}, learning rate to {peak:g} in {config.optim.warmup_epochs * steps:,.0f} steps"
-    )
+    parts = f"{ranks.world_size} x {share // at_once} x {at_once} (devices, accumulated, at once)"
+    say(f"batch {config.batch_size} = {parts}; {config.optim.optimizer}, learning rate to {peak:g}")
     say(f"{config.epochs} epochs of {steps:,} steps = {config.epochs * steps:,} steps, {device.type}, {config.precision} -> {run_dir}")
+    replace_text(run_dir / "config.json", json.dumps({"preset": preset} | flatten(config), indent=2))
+    run_folder.record_start(run_dir)
+    draw_batch(run_dir / "batch.png", next(iter(loaders.views.epoch(0))), loaders.views.picture, positions[0])
 
 
 def run(preset: str, ready: Ready) -> None:
     """Trains, evaluates, writes results.json; what `setup` returned is `ready`. After the training the first rank goes on alone."""
-    config, run_dir, device, networks, positions, loaders = ready
+    config, run_dir, device, networks, _, loaders, writers = ready
     began, model = time.perf_counter(), networks["trained"]
-    describe(ready)
-    if model.ranks.rank == 0:
-        replace_text(run_dir / "config.json", json.dumps({"preset": preset} | flatten(config), indent=2))
-        run_folder.record_start(run_dir)
-        draw_batch(run_dir / "batch.png", next(iter(loaders.views.epoch(0))), loaders.views.picture, positions[0])
-    rate = train(config, model, loaders, device, run_dir)
+    first_rank(lambda: describe(preset, ready))
+    rate = train(config, model, loaders, device, run_dir, writers)
     leave()
     if model.ranks.rank:
         return
-    results: dict[str, Any] = probes(*(features(networks, pictures(loader, device, "features")) for loader in (loaders.train, loaders.val)))
+    with run_folder.leave_on_stop():
+        train_x, val_x = (features(networks, pictures(loader, device, "features")) for loader in (loaders.train, loaders.val))
+        results: dict[str, Any] = probes(train_x, val_x, device)
     results |= {"images_per_s": round(rate, 1), "protocol": probe.PROTOCOL | {"eval_px": config.eval_px, "features": "pooled, eval mode"}}
     results |= {"seconds": round(time.perf_counter() - began, 1), "torch": torch.__version__, "device": str(device)}
     last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
@@ -478,8 +479,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             preset, config = parse(sys.argv[1:] if argv is None else argv)
             ready = setup(preset, config, held)
-        except BrokenPipeError:  # `cossl train demo --help | head`
-            raise SystemExit(1) from None
+        except (BrokenPipeError, KeyboardInterrupt) as error:  # `cossl train demo --help | head`
+            raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 1) from None
         except (ValueError, OSError, ImportError) as error:
             print(f"cossl train: {error}", file=sys.stderr)
             raise SystemExit(2) from None

@@ -144,6 +144,11 @@ class LossConfig:
         )
         _check("local_to_global", self.local_to_global, 0 <= self.local_to_global <= 1, "give 0 to 1 (0.5 weighs both directions alike)")
 
+    @property
+    def small_locals(self) -> bool:
+        """Whether small views take part in the local terms; a small view has no target of its own to be compared with."""
+        return self.small_views and self.local_views == "cross"
+
 
 class Seen(NamedTuple):
     """What a network makes of one view: the map that local vectors are taken from, Y, and g(Y)."""
@@ -159,7 +164,8 @@ class Network(nn.Module):
     Without a local term there are no local heads.
     """
 
-    def __init__(self, model: ModelConfig, local: bool) -> None:
+    def __init__(self, model: ModelConfig, local: bool, small_locals: bool = True) -> None:
+        """`small_locals`: small views take part in the local terms too."""
         super().__init__()
         self.backbone = make_backbone(model.backbone, model.receptive_field, model.width, model.small_image_stem)
         self.stage, self.grid, self.joint_views = model.local_stage, model.local_grid, model.joint_views
@@ -168,14 +174,14 @@ class Network(nn.Module):
         # The methods' own heads are MLPs on the pooled vector; a shared one has to serve maps too, so it is of the local kind.
         kind = model.local_head if model.shared_heads and local else OBJECTIVES[model.method].global_head
         self.projector: Head = HEADS[kind](c, hidden, out, model.output_norm, norm)
-        self.predictors = _predictors(model, kind)
+        self.predictors = _predictors(model, kind, True)
         self.local_projector: Head | None = None
         self.local_predictors: nn.ModuleList | None = None
         if local:
             g = HEADS[model.local_head]
             c_local = self.backbone.channels(self.stage)
             self.local_projector = self.projector if model.shared_heads else g(c_local, hidden, out, model.output_norm, norm)
-            self.local_predictors = self.predictors if model.shared_heads else _predictors(model, model.local_head)
+            self.local_predictors = self.predictors if model.shared_heads else _predictors(model, model.local_head, small_locals)
 
     def pool(self, y: Float[Tensor, "b c n n"]) -> Float[Tensor, "b c"]:
         """The global vector Y of the last feature map. As a mean of vectors: `y.mean((2, 3))` would make its gradient in another layout."""
@@ -198,12 +204,14 @@ class Network(nn.Module):
         return [[y[i] for y in maps] for group, maps in zip(groups, joint, strict=True) for i in range(len(group))]
 
 
-def _predictors(model: ModelConfig, kind: str) -> nn.ModuleList:
-    """One for all views, or a second one for small views; for DINO its prototypes."""
+def _predictors(model: ModelConfig, kind: str, small_views: bool) -> nn.ModuleList:
+    """One for all views, or a second one for small views if there are any; for DINO its prototypes."""
     if not OBJECTIVES[model.method].has_predictor:
         return nn.ModuleList([Prototypes(model.out_dim, model.prototypes)])
     q, hidden, out = HEADS[predictor_kind(kind)], model.predictor_hidden_dim or model.hidden_dim, model.out_dim
-    return nn.ModuleList(q(out, hidden, out, False, model.head_norm) for _ in range(2 if model.predictors == "per_size" else 1))
+    return nn.ModuleList(
+        q(out, hidden, out, False, model.head_norm) for _ in range(2 if small_views and model.predictors == "per_size" else 1)
+    )
 
 
 def _outputs(predictors: nn.ModuleList | None, x: Float[Tensor, "*b d"], view: int = 0) -> Tensor:
@@ -226,8 +234,10 @@ class CoSsl(nn.Module):
         super().__init__()
         if loss.local_target == "local_head" and model.local_stage < 4:
             raise ValueError(f"local_target='local_head' needs local_stage 4, not {model.local_stage}: g2 takes no global vector there")
+        if loss.local_weight > 0 and loss.local_to_global == 0 and model.local_stage < 4:
+            raise ValueError(f"local_to_global=0 needs local_stage 4, not {model.local_stage}: nothing would train g2 there")
         self.loss, self.ranks, objective = loss, ranks, OBJECTIVES[model.method]
-        self.online = Network(model, local=loss.local_weight > 0)
+        self.online = Network(model, loss.local_weight > 0, loss.small_locals)
         self.target = copy.deepcopy(self.online)
         if objective.has_predictor:
             self.target.predictors = self.target.local_predictors = nn.ModuleList()
@@ -266,7 +276,7 @@ class CoSsl(nn.Module):
         """The local directions whose share is not 0. Positions of -1 are left out of the means; `goals` are those of the global head."""
         g2, q2, g2_target, q2_target = *_local_heads(self.online), *_local_heads(self.target)
         share, terms, same = self.loss.local_to_global, {}, self.loss.local_views == "same"
-        views = range(len(online)) if self.loss.small_views and not same else TARGET_VIEWS
+        views = range(len(online)) if self.loss.small_locals else TARGET_VIEWS
         pairs = [(v, w) for v in views for w in TARGET_VIEWS if (v == w) == same]
         at = {v: positions[:, v, : online[v].y.shape[-1] ** 2] for v in views}  # a small map has fewer positions than the batch has slots
         valid = {v: at[v] >= 0 for v in views}
@@ -338,7 +348,8 @@ def covariance(z: Float[Tensor, "b d"]) -> Float[Tensor, "d d"]:
     """Of the unit vectors, over the local batch."""
     x = F.normalize(z.float(), dim=-1)
     x = x - x.mean(0)
-    return x.T @ x / len(x)
+    with torch.autocast(z.device.type, enabled=False):  # in bf16 the small eigenvalues would be rounding
+        return x.T @ x / len(x)
 
 
 def effective_rank(covariance: Float[Tensor, "d d"]) -> float:

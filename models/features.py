@@ -41,11 +41,11 @@ def features(
     return {name: torch.cat(parts) for name, parts in rows.items()}, torch.cat(labels)
 
 
-def probes(train: Features, val: Features) -> dict[str, dict[str, float]]:
-    """{"linear_top1" and "knn_top1": {name: percent}} on the features of a training and a test set."""
-    (train_x, train_y), (val_x, val_y) = train, val
-    measures = {"linear_top1": probe.linear_top1, "knn_top1": probe.knn_top1}
-    return {
-        protocol: {name: round(measure(train_x[name], train_y, val_x[name], val_y), 2) for name in train_x}
-        for protocol, measure in measures.items()
-    }
+def probes(train: Features, val: Features, device: torch.device) -> dict[str, dict[str, float]]:
+    """{"linear_top1" and "knn_top1": {name: percent}} on the features of a training and a test set, those of one network on the device."""
+    results: dict[str, dict[str, float]] = {"linear_top1": {}, "knn_top1": {}}
+    for name in train[0]:
+        train_x, train_y, val_x, val_y = (x.to(device) for x in (train[0][name], train[1], val[0][name], val[1]))
+        results["linear_top1"][name] = round(probe.linear_top1(train_x, train_y, val_x, val_y), 2)
+        results["knn_top1"][name] = round(probe.knn_top1(train_x, train_y, val_x, val_y), 2)
+    return results

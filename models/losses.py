@@ -41,7 +41,9 @@ def info_nce(
     right = first + torch.arange(p.shape[0], device=p.device)
     own = torch.zeros(p.shape[0], keys.shape[0], dtype=torch.bool, device=p.device).scatter(1, right[:, None], True)
     # A picture's own key stays even where it is not usable: its loss is then masked, and has to be finite for its gradient to be 0.
-    logits = torch.where(usable.T[:, None] | own, q @ k / temperature, -torch.inf)
+    with torch.autocast(p.device.type, enabled=False):
+        cosines = q @ k
+    logits = torch.where(usable.T[:, None] | own, cosines / temperature, -torch.inf)
     right_logit = logits.gather(2, right[None, :, None].expand(logits.shape[0], -1, 1))[..., 0]
     return (2 * temperature * (logits.logsumexp(2) - right_logit)).T
 
@@ -53,13 +55,14 @@ def sharpened(z: Float[Tensor, "*b d"], centre: Float[Tensor, " d"], temperature
 
 
 def prototype_cross_entropy(p: Float[Tensor, "b i d"], goal: Float[Tensor, "b j d"], temperature: float) -> Float[Tensor, "b k"]:
-    """Cross-entropy of softmax(p / T) from the distribution `goal`; i or j is 1, k = max(i, j) (DINO, arXiv 2104.14294, eq. 1).
+    """Cross-entropy of softmax(p / T) from the distribution `goal`; i or j is 1, k = max(i, j) (DINO, arXiv 2104.14294, eq. 2).
 
     Detaches the goal itself. As a matrix product: the product element by element would hold b k d numbers once more.
     """
     dtype = torch.promote_types(p.dtype, torch.float32)
     log_p = F.log_softmax(p.to(dtype) / temperature, dim=-1)
-    return -(log_p @ goal.detach().to(dtype).transpose(1, 2)).flatten(1)
+    with torch.autocast(p.device.type, enabled=False):
+        return -(log_p @ goal.detach().to(dtype).transpose(1, 2)).flatten(1)
 
 
 def masked_mean(distance: Float[Tensor, "b k"], valid: Bool[Tensor, "b k"], samples: Float[Tensor, ""] | None = None) -> Float[Tensor, ""]:

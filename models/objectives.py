@@ -74,7 +74,7 @@ class MocoV3(Objective):
 
 
 class Dino(Objective):
-    """Cross-entropy of distributions over prototypes (Caron et al. 2021, arXiv 2104.14294, eq. 1 and 4), student temperature 0.1.
+    """Cross-entropy of distributions over prototypes (Caron et al. 2021, arXiv 2104.14294, eq. 2 and 4), student temperature 0.1.
 
     Each kind of target output has a centre of its own, a moving average over processes and views that is subtracted before the softmax, so
     that local distributions, which are of another kind, do not shift the global ones. The centres are buffers: they travel with the state.

@@ -181,3 +181,9 @@ def learning_rate(step: int, total_steps: int, warmup_steps: int, peak: float, s
 def ema_tau(step: int, total_steps: int, base: float) -> float:
     """tau = 1 - (1 - base) (cos(pi k / K) + 1) / 2: from `base` to 1 at the end of the run (BYOL, section 3.3)."""
     return 1 - (1 - base) * (math.cos(math.pi * step / total_steps) + 1) / 2
+
+
+def schedule(config: OptimConfig, epochs: int, steps_per_epoch: int, batch_size: int) -> Callable[[int], tuple[float, float]]:
+    """(learning rate, tau) of a step of such a run. Its first call raises ValueError for a warm-up that is not possible."""
+    total, warmup, peak = epochs * steps_per_epoch, round(config.warmup_epochs * steps_per_epoch), peak_lr(config.base_lr, batch_size)
+    return lambda step: (learning_rate(step, total, warmup, peak, config.warmup_start_lr), ema_tau(step, total, config.ema_tau))

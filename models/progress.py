@@ -3,7 +3,7 @@
 import gc
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,26 +17,25 @@ from cossl.models.parallel import Ranks
 class Log:
     """The lines of metrics.jsonl: means since the line before, over the steps that counted and over all ranks."""
 
-    def __init__(self, write: Callable[[dict[str, float]], None], log_every: int, steps_per_epoch: int, ranks: Ranks) -> None:
-        """`write` takes a line, on the first rank."""
-        self._write, self.log_every, self.steps_per_epoch, self.ranks, self.collapsed = write, log_every, steps_per_epoch, ranks, False
+    def __init__(self, writers: Sequence[Callable[[dict[str, float]], None]], steps_per_epoch: int, ranks: Ranks) -> None:
+        """`writers` take a line; other ranks than the first have none."""
+        self._writers, self.steps_per_epoch, self.ranks, self.collapsed = writers, steps_per_epoch, ranks, False
 
     def write(self, window: dict[str, Tensor], step: int, shown: dict[str, float]) -> dict[str, float]:
         """The means of a window's sums, which become a line together with what is `shown`; every rank has to call it.
 
         Trap: here, and only here, the host waits for the device. RuntimeError naming steps and terms if one is not finite.
         """
-        length = (step - 1) % self.log_every + 1
-        between = f"between steps {step - length + 1} and {step}"
         window = {name: self.ranks.gather(term[None]).mean(0) for name, term in window.items()}
         covariance = window.pop("covariance")
         sums = dict(zip(window, torch.stack(list(window.values())).tolist(), strict=True))
-        count = sums.pop("steps")
+        count, skipped = sums.pop("steps"), sums.pop("skipped")
+        between = f"between steps {step - count - skipped + 1:.0f} and {step}"
         record = {name: value / count if count else float("nan") for name, value in sums.items()}
         bad = [name for name, value in record.items() if not abs(value) < float("inf")]
         if bad:
             raise RuntimeError(f"{', '.join(bad)} not finite {between}: the last checkpoint is whole; lower --optim.base-lr")
-        record |= {"rank": effective_rank(covariance / count)} | ({"skipped": length - count} if count < length else {})
+        record |= {"rank": effective_rank(covariance / count)} | ({"skipped": skipped} if skipped else {})
         self.note(step, record | shown)
         if self.ranks.rank == 0:
             self._warn(step, record)
@@ -44,8 +43,8 @@ class Log:
 
     def note(self, step: int, values: dict[str, float]) -> None:
         """A line of its own."""
-        if self.ranks.rank == 0:
-            self._write({"step": step, "epoch": step / self.steps_per_epoch, **values})
+        for write in self._writers:
+            write({"step": step, "epoch": step / self.steps_per_epoch, **values})
 
     def _warn(self, step: int, record: dict[str, float]) -> None:
         before, self.collapsed = self.collapsed, has_collapsed(record["std"], record["rank"])
@@ -55,7 +54,7 @@ class Log:
 
 
 class Meter:
-    """Pictures per second, restarts included but not the first step after each (it compiles), and progress on stderr.
+    """Pictures per second, checkpoints included but no pause and no first step after a start (it compiles), and progress on stderr.
 
     Adds to `timed`, which is [steps, seconds] and travels in the checkpoint. Progress is a bar, or a line every 15 s without a terminal.
     """
@@ -74,6 +73,10 @@ class Meter:
             self.timed[1] += now - self.last
         self.last = now
         self.bar.update()
+
+    def pause(self) -> None:
+        """The time until the next step does not count, nor does that step."""
+        self.last = None
 
     def rate(self) -> float:
         """Pictures per second."""

@@ -64,7 +64,7 @@ class ResNet(nn.Module):
 
 def _recomputed(stage: nn.Module, y: Tensor) -> Tensor:
     for block in stage.children():
-        y = checkpoint(block, y, use_reentrant=False, context_fn=partial(_contexts, block))
+        y = checkpoint(block, y, use_reentrant=False, preserve_rng_state=False, context_fn=partial(_contexts, block))
     return y
 
 

@@ -77,6 +77,8 @@ def choose(run_dir: Path | None, resume: bool, preset: str) -> Path:
     if resume:
         if run_dir is None:
             raise ValueError("--resume needs --run-dir, the folder of the run to go on with")
+        if not checkpoint.exists(run_dir) and ((run_dir / "results.json").exists() or any(run_dir.glob("epoch-*.pt"))):
+            raise ValueError(f"{run_dir} holds a run without its last checkpoint: copy one of its own to last.pt")
         known = checkpoint.exists(run_dir) or (run_dir / "config.json").exists() or not run_dir.exists()
         if not known and any(path.name not in ("lock", "train.log") for path in run_dir.iterdir()):
             raise ValueError(f"{run_dir} is no run's folder, it has no config.json: give the one of the run to go on with")
@@ -95,11 +97,12 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def keep_metrics(path: Path, last_step: int) -> None:
-    """Drops the lines of steps that the checkpoint does not know, and a line that a kill cut off."""
+    """Drops the lines of steps that the checkpoint does not know, one of its own step that comes after it, and one that a kill cut off."""
     kept = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            if json.loads(line)["step"] > last_step:
+            record = json.loads(line)
+            if record["step"] > last_step or (record["step"] == last_step and "knn_top1" in record):
                 break
         except (ValueError, KeyError):
             break
@@ -261,6 +264,21 @@ REQUEUE_EXIT_CODE = 85
 """
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@contextlib.contextmanager
+def leave_on_stop() -> Iterator[None]:
+    """Inside the block a stop signal ends the process at once with REQUEUE_EXIT_CODE: for what comes after the last checkpoint."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(REQUEUE_EXIT_CODE)
+
+    before = {number: signal.signal(number, leave) for number in STOP_SIGNALS if signal.getsignal(number) is not None}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class StopRequest:

@@ -354,3 +354,22 @@ def test_impossible_settings_name_value_and_fix(build: Any, message: str) -> Non
     with pytest.raises(ValueError, match=message):
         build()
     assert LossConfig(local_weight=1.5, combine="additive").local_weight == 1.5
+
+
+@pytest.mark.parametrize("method", OBJECTIVES)
+def test_terms_and_covariance_are_single_precision_under_autocast(method: str) -> None:
+    """In bf16 a line's effective rank would be 16 instead of 2, and sums over a window would lose their last digits."""
+    torch.manual_seed(0)
+    model = CoSsl(ModelConfig(**(vars(TINY) | {"method": method, "width": 16, "out_dim": 16})), LossConfig())
+    views, positions = batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = model([view.float() for view in views], positions)
+        line = co_ssl.covariance(torch.randn(64, 1) * torch.randn(1, 16) + 0.002 * torch.randn(64, 16))
+    assert {name: term.dtype for name, term in terms.items() if name != "features"} == {
+        name: torch.float32 for name in terms if name != "features"
+    }
+    assert co_ssl.effective_rank(line) < 4
+    p, z = torch.randn(8, 1, 16), torch.randn(8, 1, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model.objective(p, z, torch.ones(8, 1, dtype=torch.bool))
+    torch.testing.assert_close(low, model.objective(p, z, torch.ones(8, 1, dtype=torch.bool)), rtol=0, atol=0)

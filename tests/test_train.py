@@ -192,7 +192,7 @@ def test_resume_before_the_first_checkpoint_is_a_start(finished: Path, pictures:
     run_dir = tmp_path / "run"
     run(pictures, run_dir, "--resume")
     assert_same_run(finished, run_dir)
-    for path in run_dir.glob("*.pt"):
+    for path in (*run_dir.glob("*.pt"), run_dir / "results.json"):
         path.unlink()
     run(pictures, run_dir, "--resume")
     assert_same_run(finished, run_dir)
