@@ -12,11 +12,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from cossl import train
+from cossl.models.checkpoint import State
 from cossl.models.co_ssl import CoSsl, LossConfig, ModelConfig
 from cossl.models.heads import HEADS, NORMS
 from cossl.models.objectives import OBJECTIVES
 from cossl.models.optim import OPTIMIZERS, OptimConfig, adjust_gradients_, make_optimizer
+from cossl.models.probe import OnlineProbe
 from cossl.models.rf_resnet import BACKBONES
+from cossl.pipelines.augment import augment_tensors
+from cossl.pipelines.batch import LoaderSpec
+from cossl.pipelines.synthetic import SyntheticLoader
 
 BATCH = 2
 SMALL: dict[str, Any] = {"backbone": "rf_resnet18", "receptive_field": 29, "width": 8, "hidden_dim": 16, "out_dim": 8, "prototypes": 12}
@@ -184,3 +190,20 @@ def test_the_target_moves_in_one_call(method: str) -> None:
     with Record():
         model.update_target_(0.9)
     assert calls == [("_foreach_lerp_", len(list(model.target.parameters())))]
+
+
+@pytest.mark.parametrize("flags", [(), ("--device-batch-size", "4"), ("--model.method", "dino", "--model.prototypes", "32")])
+def test_the_trainers_step_waits_for_nothing(monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]) -> None:
+    """The GPU's augmentation, network, loss, optimizer, moving average, online probe and the sums for the log."""
+    monkeypatch.setattr(train, "augment", augment_tensors)
+    config = train.parse(["demo", "--batch-size", "8", "--optim.optimizer", "lars", *flags])[1]
+    model = train.build(config, torch.device("cpu"))
+    optimizer, scaler = make_optimizer(model.online.named_parameters(), config.optim), torch.amp.GradScaler("cpu", enabled=False)
+    state = State(model, optimizer, scaler, OnlineProbe(model.online.backbone.out_channels, 10))
+    batches = SyntheticLoader(None, LoaderSpec(config.views.specs(), 8, positions=train.position_specs(config, model))).epoch(0)
+    train.step_(state, model, next(batches), config, 1e-3, 0.99, 0)
+    batch = next(batches)
+    with Watch() as watch:
+        train.step_(state, model, batch, config, 1e-3, 0.99, 0)
+    assert watch.trace.num_operations > 500
+    assert watch.trace.syncs == []

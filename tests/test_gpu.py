@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from cossl import train
 from cossl.pipelines import make_loader
 from cossl.pipelines.augment import augment, augment_tensors
 from cossl.pipelines.batch import LoaderSpec, to_device
+from cossl.pipelines.synthetic import SyntheticLoader
 from cossl.pipelines.views import byol
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -59,3 +61,18 @@ def test_dali_decodes_on_the_gpu(pictures: Path, betons: Path) -> None:
         error = (ours.views[0].cpu().float() - expected.views[0].float()).square().mean((2, 3, 4))
         assert (10 * torch.log10(255**2 / error)).min() > 30
     dali.close()
+
+
+@pytest.mark.parametrize("flags", [(), ("--model.method", "dino", "--model.prototypes", "1024"), ("--precision", "bf16", "--compile")])
+def test_the_trainers_step_waits_for_nothing(tmp_path: Path, flags: tuple[str, ...]) -> None:
+    config, device = train.parse(["demo", "--batch-size", "16", *flags])[1], torch.device("cuda")
+    model = train.build(config, device)
+    loader = SyntheticLoader(None, LoaderSpec(config.views.specs(), 16, positions=train.position_specs(config, model)))
+    state, forward = train.begin(config, model, loader, device, tmp_path)
+    for turn, batch in zip(range(5), to_device(loader.epoch(0), device), strict=False):
+        torch.cuda.set_sync_debug_mode("error" if turn > 2 else "default")  # the first ones compile
+        try:
+            train.step_(state, forward, batch, config, 1e-3, 0.99, 0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert state.window["loss"].isfinite()
