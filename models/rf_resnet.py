@@ -4,9 +4,7 @@ Symbols: n = positions per side of the feature map, k = kernel size, s = stride,
 j = jump = distance of two neighbouring positions in view pixels.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from cossl.models.recompute import recomputed
 
 
 class PositionGrid(NamedTuple):
@@ -54,36 +53,12 @@ class ResNet(nn.Module):
         """The feature map after each of the four stages."""
         y, maps = self.maxpool(self.relu(self.bn1(self.conv1(x)))), []
         for stage in self.stages:
-            y = _recomputed(stage, y) if self.recompute and torch.is_grad_enabled() else stage(y)
+            y = recomputed(stage, y) if self.recompute and torch.is_grad_enabled() else stage(y)
             maps.append(y)
         return maps
 
     def forward(self, x: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b c n n"]:
         return self.maps(x)[-1]
-
-
-def _recomputed(stage: nn.Module, y: Tensor) -> Tensor:
-    for block in stage.children():
-        y = checkpoint(block, y, use_reentrant=False, preserve_rng_state=False, context_fn=partial(_contexts, block))
-    return y
-
-
-def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), _statistics_stand(block)
-
-
-@contextmanager
-def _statistics_stand(block: nn.Module) -> Iterator[None]:
-    """Batch norms normalise by the batch as ever, but it does not count a second time in their running statistics."""
-    norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm, (_, tracked) in zip(norms, before, strict=True):
-        norm.momentum, norm.num_batches_tracked = 0.0, None if tracked is None else tracked.clone()
-    try:
-        yield
-    finally:
-        for norm, (momentum, tracked) in zip(norms, before, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, tracked
 
 
 class _Layout(NamedTuple):
