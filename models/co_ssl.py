@@ -348,7 +348,7 @@ def covariance(z: Float[Tensor, "b d"]) -> Float[Tensor, "d d"]:
     """Of the unit vectors, over the local batch."""
     x = F.normalize(z.float(), dim=-1)
     x = x - x.mean(0)
-    with torch.autocast(z.device.type, enabled=False):  # in bf16 the small eigenvalues would be rounding
+    with losses.full_precision(z):  # in bf16 the small eigenvalues would be rounding
         return x.T @ x / len(x)
 
 

@@ -4,6 +4,7 @@ Symbols: p = prediction of the online network, z = projection of the target netw
 w = weight of the local term, a = share of local-to-global in it.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -13,6 +14,11 @@ from torch.nn import functional as F
 
 # BYOL's public code bounds the squared norm by 1e-12: a vector of zeros then has distance 2 and a finite gradient.
 _MIN_NORM = 1e-6
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[None]:
+    """Inside, matrix products of float32 are float32's, whatever autocast says."""
+    return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
 
 
 def cosine_distance(p: Float[Tensor, "*#b d"], z: Float[Tensor, "*#b d"]) -> Float[Tensor, "*#b"]:
@@ -41,7 +47,7 @@ def info_nce(
     right = first + torch.arange(p.shape[0], device=p.device)
     own = torch.zeros(p.shape[0], keys.shape[0], dtype=torch.bool, device=p.device).scatter(1, right[:, None], True)
     # A picture's own key stays even where it is not usable: its loss is then masked, and has to be finite for its gradient to be 0.
-    with torch.autocast(p.device.type, enabled=False):
+    with full_precision(p):
         cosines = q @ k
     logits = torch.where(usable.T[:, None] | own, cosines / temperature, -torch.inf)
     right_logit = logits.gather(2, right[None, :, None].expand(logits.shape[0], -1, 1))[..., 0]
@@ -61,7 +67,7 @@ def prototype_cross_entropy(p: Float[Tensor, "b i d"], goal: Float[Tensor, "b j 
     """
     dtype = torch.promote_types(p.dtype, torch.float32)
     log_p = F.log_softmax(p.to(dtype) / temperature, dim=-1)
-    with torch.autocast(p.device.type, enabled=False):
+    with full_precision(p):
         return -(log_p @ goal.detach().to(dtype).transpose(1, 2)).flatten(1)
 
 
