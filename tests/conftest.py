@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from cossl.pipelines.convert import convert
 from cossl.pipelines.demo_set import make_demo_set
 
+# tqdm's own lock is shared with forked processes: one that a test kills while it holds it would stop all others for good.
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0  # its thread could hold the lock during a fork
 torch.set_num_threads(1)  # on a busy machine two threads wait for each other: a test of 2 s then takes 27 s
 
 
