@@ -160,7 +160,7 @@ def distribute(model: nn.Module, sync_norms: bool = True, group_size: int | None
     - DINO's centres: each process gathers the joint mean.
 
     So DDP's broadcast of rank 0's buffers before each forward is off: it would cost time and change nothing, or (without `sync_norms`)
-    discard what the others saw. Gradients live in DDP's buckets, without a copy. No static_graph: it fails where the first step
+    discard what the others saw. Gradients live in DDP's buckets. No static_graph: it fails where the first step
     accumulates under `no_sync`, hides parameters that take no part, and saves nothing here. Traps: a loss is that of this process's
     pictures, so average it over processes before it is shown; of a pass under `no_sync` the forward belongs inside too.
     """

@@ -259,8 +259,8 @@ def _git(root: Path, *arguments: str) -> str | None:
 REQUEUE_EXIT_CODE = 85
 """The run was asked to stop, has written a checkpoint and is not finished: start the same command again with --resume.
 
-85 is the example in HTCondor's manual (`checkpoint_exit_code`), free in sysexits.h and in shells. A job script tests for it and calls
-`scontrol requeue $SLURM_JOB_ID`; a site can have SLURM do so itself (`RequeueExit=85` in slurm.conf).
+A job script tests for it and calls `scontrol requeue $SLURM_JOB_ID`. Any number would do that neither a shell, a signal (128 and above) nor
+Python itself gives; trap: torchrun turns it into 1.
 """
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
