@@ -1,0 +1,147 @@
+"""A sweep on disk, from which everything about it can be told without a scheduler, and without torch.
+
+sweeps/<grid>/sweep.json     its points, as far as they were ever submitted
+              jobs.jsonl     which job runs which point: a line for each submission of each
+              code/<hash>/   the source that they run
+              logs/          what the jobs print
+              exits/<job>    how the last attempt of a job ended: its exit code
+sweeps/points/<run>/         the run folders, shared by all sweeps: a point that two grids have is run once
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cossl.models.flags import replace_text
+
+
+class Point(NamedTuple):
+    """One run of a grid."""
+
+    name: str
+    """What it is in its grid: "local_head mlp3"."""
+    preset: str
+    seed: int
+    identity: str
+    """16 hexadecimal digits, equal if and only if everything is that can change the result."""
+    run: str
+    """Name of its run folder, from the config alone, so that two grids share a point."""
+    flags: list[str]
+    """With which `cossl train PRESET` makes it, run folder aside."""
+    config: dict[str, Any]
+    """What its identity is the hash of: the flat config, without what cannot change the result."""
+
+
+class Job(NamedTuple):
+    """A submission of a point."""
+
+    point: str
+    """Its identity."""
+    job: str
+    """SLURM's number, 123 or 123_4; of a run on this machine, local-<process>."""
+    cluster: str
+    code: str
+    """Name of the snapshot below code/."""
+    log: str
+    """File of what the first task prints, below the sweep's folder; its errors are beside it in .err."""
+    time: float
+    """Of the submission, seconds since 1970."""
+
+
+class Sweep(NamedTuple):
+    """What sweep.json and jobs.jsonl say."""
+
+    folder: Path
+    points: list[Point]
+    jobs: list[Job]
+    """In order of submission."""
+
+    @property
+    def grid(self) -> str:
+        return self.folder.name
+
+    def run_dir(self, point: Point) -> Path:
+        """Where the point's run is, or will be."""
+        return self.folder.parent / "points" / point.run
+
+    def last_jobs(self) -> dict[str, Job]:
+        """The last submission of each point, by its identity."""
+        return {job.point: job for job in self.jobs}
+
+
+def read_sweep(folder: Path) -> Sweep:
+    """The sweep in a folder; empty if nothing was submitted there yet. ValueError naming the file if one is damaged."""
+    path = folder / "sweep.json"
+    try:
+        points = [Point(**point) for point in json.loads(path.read_text())["points"]] if path.exists() else []
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged ({error}): submit the grid again to another --folder") from None
+    return Sweep(folder, points, list(_jobs(folder / "jobs.jsonl")))
+
+
+def _jobs(path: Path) -> Iterator[Job]:
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, TypeError):  # half a line: the submitter died; its job, if any, finds the point's lock taken
+            yield Job(**json.loads(line))
+
+
+def add_points(sweep: Sweep, points: Iterable[Point]) -> Sweep:
+    """The sweep with these too, on disk: those that it has already stay as they are."""
+    known = {point.identity: point for point in sweep.points}
+    merged = [*sweep.points, *(point for point in points if point.identity not in known)]
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    replace_text(sweep.folder / "sweep.json", json.dumps({"points": [point._asdict() for point in merged]}, indent=1))
+    return sweep._replace(points=merged)
+
+
+def record_jobs(folder: Path, jobs: Iterable[Job]) -> None:
+    """Appends them to jobs.jsonl, forced to the disk: what is lost here is a job that nobody knows of."""
+    with open(folder / "jobs.jsonl", "a") as file:
+        file.writelines(json.dumps(job._asdict()) + "\n" for job in jobs)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def held(folder: Path, wait_s: float = 60) -> Iterator[None]:
+    """Inside the block nobody else submits to this sweep. ValueError if somebody does for so long."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        end = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise ValueError(f"{folder}: another `cossl sweep` is submitting there: wait for it") from None
+                time.sleep(0.5)
+        yield
+
+
+def results_of(run_dir: Path, point: Point) -> dict[str, Any] | None:
+    """results.json, if the run is finished, its numbers are numbers, and its config.json is the point's but for where the pictures lie.
+
+    None in every other case: a file that is missing, damaged, or of another run is no result.
+    """
+    results, config = _object(run_dir / "results.json"), _object(run_dir / "config.json")
+    if results is None or config is None or any(config.get(k) != v for k, v in point.config.items() if k != "data"):
+        return None
+    tops = [results.get(probe, {}).get("trained") for probe in ("linear_top1", "knn_top1") if isinstance(results.get(probe), dict)]
+    good = len(tops) == 2 and all(isinstance(top, int | float) and not isinstance(top, bool) and math.isfinite(top) for top in tops)
+    return results if good else None
+
+
+def _object(path: Path) -> dict[str, Any] | None:
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        value = json.loads(path.read_bytes())
+        return value if isinstance(value, dict) else None
+    return None

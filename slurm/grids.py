@@ -1,0 +1,244 @@
+"""Which runs an ablation is made of. A grid is a generator of (name, config, seed) from a base config and seeds.
+
+`GRIDS` holds those of the project. A grid of one's own needs no code, only a TOML file in the place of its name:
+
+    presets = ["in1k"]
+    seeds = [0, 1, 2]
+    [base]                                  # flags of every point
+    "optim.base_lr" = 0.3
+    [product]                               # every combination of these
+    "model.local_head" = ["conv1x1", "mlp3"]
+    [zip]                                   # and with each of them, these side by side
+    "batch_size" = [2048, 4096]
+    "optim.warmup_epochs" = [5, 10]
+    [[list]]                                # and these, one after the other
+    "loss.local_weight" = 0.5
+    [[exclude]]                             # but none that has all of these
+    "model.local_head" = "mlp3"
+    "batch_size" = 2048
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cossl.models.flags import config_hash, flatten
+from cossl.models.rf_resnet import reachable_fields
+from cossl.slurm.clusters import read_toml
+from cossl.slurm.folder import Point
+from cossl.train import PRESETS, RESUME_MAY_CHANGE, Config, parse
+
+Changes = Mapping[str, Any]
+"""{"model.local_head": "mlp3"}: fields of a config by their place, and their values."""
+Grid = Callable[[Config, Sequence[int]], Iterator[tuple[str, Config, int]]]
+
+# ------------------------------------------------------------------------------------------------- how grids are put together
+
+
+def product(axes: Mapping[str, Sequence[Any]]) -> list[Changes]:
+    """Every combination, the last axis running fastest."""
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def zipped(axes: Mapping[str, Sequence[Any]]) -> list[Changes]:
+    """The first values of all axes, then the second ones, ... ValueError if they are not equally many."""
+    if len({len(values) for values in axes.values()}) > 1:
+        raise ValueError(f"zip: expected equally many values, not {', '.join(f'{len(v)} of {k}' for k, v in axes.items())}")
+    return [dict(zip(axes, values, strict=True)) for values in zip(*axes.values(), strict=True)]
+
+
+def excluding(settings: Iterable[Changes], excluded: Iterable[Changes]) -> list[Changes]:
+    """Those settings that agree with none of the excluded ones in all that it names."""
+    return [one for one in settings if not any(out and all(one.get(k) == v for k, v in out.items()) for out in excluded)]
+
+
+def expand(base: Config, seeds: Sequence[int], settings: Iterable[Changes]) -> Iterator[tuple[str, Config, int]]:
+    """Each setting with each seed; what it changes is its name, and `base` that of a setting that changes nothing."""
+    for changes in settings:
+        name = ", ".join(f"{key.rpartition('.')[2]} {_word(value)}" for key, value in changes.items()) or "base"
+        for seed in seeds:
+            yield name, changed(base, {**changes, "seed": seed}), seed
+
+
+def changed(config: Any, changes: Changes) -> Any:
+    """The config with other values in some places. ValueError for a place that there is not, or values that are impossible together."""
+    names = {f.name: dataclasses.is_dataclass(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    parts: dict[str, dict[str, Any]] = {}
+    for place, value in changes.items():
+        name, _, rest = place.partition(".")
+        if names.get(name) != bool(rest):
+            near = difflib.get_close_matches(name, names, 1)
+            raise ValueError(
+                f"unknown flag {place!r} in a grid: " + (f"did you mean {near[0]}?" if near else "see cossl train in1k --help")
+            )
+        parts.setdefault(name, {})[rest] = value
+    sections = {name: changed(getattr(config, name), part) if names[name] else part[""] for name, part in parts.items()}
+    return dataclasses.replace(config, **sections)
+
+
+# ------------------------------------------------------------------------------------------------- the project's own
+
+LOCAL_HEADS = ("conv1x1", "mlp2", "mlp3", "conv1x1_deep")
+WEIGHTS = (0.2, 0.5, 0.8)
+
+
+def heads(base: Config, seeds: Sequence[int]) -> Iterator[tuple[str, Config, int]]:
+    """Architecture of the local projection heads: the paper's 1x1 convolutions against MLPs of 2 and 3 layers and a deeper network."""
+    yield from expand(base, seeds, product({"model.local_head": LOCAL_HEADS}))
+
+
+def weighting(base: Config, seeds: Sequence[int]) -> Iterator[tuple[str, Config, int]]:
+    """Local-to-global against global-to-local: 0.2/0.8, 0.5/0.5, 0.8/0.2."""
+    yield from expand(base, seeds, product({"loss.local_to_global": WEIGHTS}))
+
+
+def ablation_plan(base: Config, seeds: Sequence[int]) -> Iterator[tuple[str, Config, int]]:
+    """Both of these crossed, so that each is seen under every value of the other."""
+    yield from expand(base, seeds, product({"model.local_head": LOCAL_HEADS, "loss.local_to_global": WEIGHTS}))
+
+
+def backbone(base: Config, seeds: Sequence[int]) -> Iterator[tuple[str, Config, int]]:
+    """The network of bounded receptive field against torchvision's, which has no MLP after pooling; with and without the local loss."""
+    plain = {"model.backbone": base.model.backbone.removeprefix("rf_"), "model.receptive_field": None, "model.mlp_after_pool": 0}
+    weights = {"loss.local_weight": (0.0, base.loss.local_weight)}
+    yield from expand(base, seeds, [one | weight for one in ({}, plain) for weight in product(weights)])
+
+
+def receptive_field(base: Config, seeds: Sequence[int]) -> Iterator[tuple[str, Config, int]]:
+    """Every other receptive field that the backbone can have, its present one among them."""
+    fields = reachable_fields(base.model.backbone) if base.model.backbone.startswith(("rf_", "bagnet")) else []
+    if base.model.receptive_field not in fields:
+        raise ValueError(f"grid receptive_field: the receptive field of {base.model.backbone} is no argument; use an rf_* backbone")
+    first = fields.index(base.model.receptive_field) % 2
+    yield from expand(base, seeds, product({"model.receptive_field": fields[first::2]}))
+
+
+def local_weight(base: Config, seeds: Sequence[int]) -> Iterator[tuple[str, Config, int]]:
+    """The share w_s of the local loss, 0 (the plain method) to 0.5."""
+    yield from expand(base, seeds, product({"loss.local_weight": (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)}))
+
+
+def positions(base: Config, seeds: Sequence[int]) -> Iterator[tuple[str, Config, int]]:
+    """Number of co-occurrences: 1, 4, 16 positions of each view at random, and all of them."""
+    some = [{"positions.strategy": "uniform", "positions.count": count} for count in (1, 4, 16)]
+    yield from expand(base, seeds, [*some, {"positions.strategy": "all"}])
+
+
+def crop_size(base: Config, seeds: Sequence[int]) -> Iterator[tuple[str, Config, int]]:
+    """Smallest share of the picture's area that a view may show."""
+    yield from expand(base, seeds, product({"views.crop_min": (0.05, 0.08, 0.14, 0.2, 0.3, 0.4)}))
+
+
+GRIDS: dict[str, tuple[Grid, tuple[str, ...]]] = {  # name: the grid, and its presets unless others are asked for
+    "heads": (heads, ("in1k",)),
+    "weighting": (weighting, ("in1k",)),
+    "ablation_plan": (ablation_plan, ("in1k", "in100")),
+    "backbone": (backbone, ("in100",)),
+    "receptive_field": (receptive_field, ("in100",)),
+    "local_weight": (local_weight, ("in100",)),
+    "positions": (positions, ("in100",)),
+    "crop_size": (crop_size, ("in100",)),
+}
+SEEDS = (0, 1, 2)
+
+# ------------------------------------------------------------------------------------------------- points
+
+IDENTITY_IGNORES = set(RESUME_MAY_CHANGE) - {"data", "eval_px"}  # a path is the best name that a set of pictures has
+
+
+def points(grid: str, presets: Sequence[str], seeds: Sequence[int], data: Mapping[str, Path], flags: Sequence[str]) -> list[Point]:
+    """The points of a grid by name or TOML file, on each preset; `flags` are those of `cossl train` for every point.
+
+    `presets` and `seeds` empty: the grid's own. `data`: folder of pictures of each preset. ValueError for what cannot be, and for a grid
+    that has the same point twice.
+    """
+    make, own_presets, own_seeds, own_flags = _read_grid(grid)
+    found = []
+    for preset in presets or own_presets:
+        _, base = parse([preset, *own_flags, *flags, *(["--data", str(data[preset])] if preset in data else [])])
+        if base.data is not None:
+            base = dataclasses.replace(base, data=base.data.absolute())
+        found += [_point(name, preset, config, seed) for name, config, seed in make(base, seeds or own_seeds)]
+    twice = [a.name for a, b in itertools.pairwise(sorted(found, key=lambda p: p.identity)) if a.identity == b.identity]
+    if twice:
+        raise ValueError(f"grid {grid} has the point {twice[0]!r} twice: leave one out")
+    return found
+
+
+def _point(name: str, preset: str, config: Config, seed: int) -> Point:
+    counts = {key: value for key, value in flatten(config).items() if key not in IDENTITY_IGNORES}
+    counts, identity, flags = json.loads(json.dumps(counts)), config_hash(counts), flags_of(preset, config)
+    described = {flag.lstrip("-").rpartition(".")[2]: value for flag, value in _by_flag(flags) if flag not in ("--data", "--seed")}
+    words = "-".join("_".join([flag, *value]) for flag, value in described.items())
+    run = re.sub(r"[^\w.=-]+", "_", f"{preset}-{words}")[:80].rstrip("-_") + f"-seed{seed}-{identity[:8]}"
+    return Point(name, preset, seed, identity, run, flags, counts)
+
+
+def flags_of(preset: str, config: Config) -> list[str]:
+    """The flags that make the config from its preset: `parse([preset, *flags])` gives it back."""
+    flat, start = flatten(config), flatten(PRESETS[preset]())
+    return [word for key, value in flat.items() if value != start[key] for word in _flag(key, value)]
+
+
+def _flag(key: str, value: Any) -> list[str]:
+    section, _, name = key.replace("_", "-").rpartition(".")
+    prefix = f"--{section}." if section else "--"
+    if isinstance(value, bool):
+        return [f"{prefix}{'' if value else 'no-'}{name}"]
+    return [prefix + name, *([str(one) for one in value] if isinstance(value, list | tuple) else [str(value)])]
+
+
+def _by_flag(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    starts = [i for i, word in enumerate(words) if word.startswith("--")]
+    for first, end in itertools.pairwise([*starts, len(words)]):
+        yield words[first], list(words[first + 1 : end])
+
+
+def _word(value: Any) -> str:
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# ------------------------------------------------------------------------------------------------- from a file
+
+
+def _read_grid(grid: str) -> tuple[Grid, Sequence[str], Sequence[int], list[str]]:
+    if grid in GRIDS:
+        return *GRIDS[grid], SEEDS, []
+    if not grid.endswith(".toml"):
+        near = difflib.get_close_matches(grid, GRIDS, 1)
+        raise ValueError(
+            f"unknown grid {grid!r}: " + (f"did you mean {near[0]}?" if near else f"expected one of {', '.join(GRIDS)}, or a TOML file")
+        )
+    return _grid_of_file(Path(grid))
+
+
+def _grid_of_file(path: Path) -> tuple[Grid, Sequence[str], Sequence[int], list[str]]:
+    table = read_toml(path)
+    shapes = {"presets": list, "seeds": list, "base": dict, "product": dict, "zip": dict, "list": list, "exclude": list}
+    for key, value in table.items():
+        if key not in shapes or not isinstance(value, shapes[key]):
+            raise ValueError(f"{path}: {key!r} is unknown or of the wrong kind: expected {', '.join(shapes)}, see cossl sweep --help")
+    presets, axes = table.get("presets", ["in1k"]), {**table.get("product", {}), **table.get("zip", {})}
+    if not all(preset in PRESETS for preset in presets) or not all(isinstance(values, list) for values in axes.values()):
+        raise ValueError(f"{path}: expected presets among {', '.join(PRESETS)}, and a list of values for each flag of product and zip")
+    if not all(isinstance(changes, dict) for changes in [*table.get("list", []), *table.get("exclude", [])]):
+        raise ValueError(f"{path}: expected [[list]] and [[exclude]] to be tables of flags")
+    base_flags = [word for key, value in table.get("base", {}).items() for word in _flag(key, value)]
+    side_by_side = zipped(table["zip"]) if "zip" in table else [{}]
+    crossed = [a | b for a in product(table.get("product", {})) for b in side_by_side] if axes else []
+    settings = excluding([*crossed, *table.get("list", [])], table.get("exclude", []))
+    typed = [_typed([presets[0], *base_flags], changes) for changes in settings or [{}]]
+    return lambda base, seeds: expand(base, seeds, typed), presets, table.get("seeds", SEEDS), base_flags
+
+
+def _typed(base: Sequence[str], changes: Changes) -> Changes:
+    """The values as the command line reads them, so that a wrong one is told in its words."""
+    flat = flatten(parse([*base, *(word for key, value in changes.items() for word in _flag(key, value))])[1])
+    return {key: flat[key] for key in changes}
