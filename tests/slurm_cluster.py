@@ -1,0 +1,396 @@
+"""A real SLURM on this machine alone, for the tests: slurmctld, a few slurmd and munged on 127.0.0.1, up in about a second.
+
+In a test module (needs root; skips with the reason where it cannot run, and fails instead where COSSL_REQUIRE_SLURM is set):
+
+    import slurm_cluster
+
+    pytestmark = pytest.mark.slurm
+    slurm = slurm_cluster.slurm  # the fixture: one cluster of four nodes for the module
+
+    def test_it(slurm: slurm_cluster.SlurmCluster) -> None:
+        job = slurm.run("sbatch", "--parsable", "--wrap", "hostname").strip()
+        slurm.wait_for(lambda: slurm.queue()[job] == "COMPLETED", 30, "the job's end")
+
+Other sizes and settings: `with slurm_cluster.started(nodes=2, max_array_size=4) as slurm:`, or SlurmCluster with a folder of your own.
+From a shell: `python tests/slurm_cluster.py DIR` starts one, prints the lines to export, and stops it on Ctrl-C or SIGTERM.
+
+Tried with Slurm 22.05 (Debian 12). CPUs, memory and GPUs are claimed, not real: a task must not open the GPU it is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import contextlib
+import fcntl
+import os
+import random
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import pytest
+
+T = TypeVar("T")
+
+INSTALL = "sudo apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
+PACKAGED = ("slurmctld", "slurmd", "munged", "sbatch")
+SBIN = os.pathsep.join(["/usr/sbin", "/sbin"])
+# A Unix socket's path has at most 107 bytes; the longest below the folder is that of a job's step: spool/n1/n1_<job>.<step>.
+LONGEST_FOLDER = 70
+# No client's outgoing connection is given a port below 32768, so a node that was cut off finds its own port free again.
+PORTS = range(12000, 32000)
+SPACES = "unshare --uts --mount --pid --fork --kill-child --mount-proc --propagation private".split()
+# The first process of a node's namespace. When slurmd ends, it ends, and with it whatever still runs on the node.
+NODE_SCRIPT = """
+hostname "$1" && mount --bind "$2/hosts" /etc/hosts && mount --bind "$2" /etc/slurm || exit 1
+slurmd -D -N "$1" -f "$2/slurm.conf" & wait "$!"
+"""
+
+SLURM_CONF = """\
+ClusterName=loopback
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={folder}/munge/socket
+CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
+# No cgroups. proctrack/linuxproc would lose a task that ignores SIGTERM and whose parent is gone: it outlives its job.
+ProctrackType=proctrack/pgid
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+MpiDefault=none
+MailProg=/bin/true
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+# Without it a job that asks for no memory takes a whole node's.
+DefMemPerCPU=100
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool/%n
+SlurmctldPidFile={folder}/run/slurmctld.pid
+SlurmdPidFile={folder}/run/slurmd-%n.pid
+SlurmctldLogFile={folder}/log/slurmctld.log
+SlurmdLogFile={folder}/log/slurmd-%n.log
+SlurmctldDebug=debug
+SlurmdDebug=debug
+SchedulerType=sched/backfill
+SchedulerParameters=sched_interval=2,sched_min_interval=0,batch_sched_delay=0,bf_interval=2,bf_max_time=5
+PriorityType=priority/basic
+JobRequeue=1
+ReturnToService=2
+SlurmctldTimeout=30
+SlurmdTimeout=10
+InactiveLimit=0
+KillWait={kill_wait_s}
+OverTimeLimit=0
+MinJobAge=3600
+MessageTimeout=10
+BatchStartTimeout=10
+MaxArraySize={max_array_size}
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+AccountingStorageType=accounting_storage/none
+JobCompType=jobcomp/none
+# Several slurmd on one host, which believe this file and not the machine.
+SlurmdParameters=config_overrides
+GresTypes=gpu
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=5
+PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+"""
+
+
+def which(command: str) -> str | None:
+    """The path of a command, sought where a user's PATH may not look: the daemons are in /usr/sbin."""
+    return shutil.which(command, path=os.environ.get("PATH", os.defpath) + os.pathsep + SBIN)
+
+
+def why_not() -> str | None:
+    """Why no cluster can run here, with the remedy; None where it can."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        return "a loopback SLURM needs root on Linux (namespaces and device nodes)"
+    if absent := [command for command in PACKAGED if which(command) is None]:
+        return f"no {', '.join(absent)} here: {INSTALL}"
+    if absent := [command for command in ("unshare", "setpriv") if which(command) is None]:
+        return f"no {', '.join(absent)} here: install util-linux"
+    trial = subprocess.run([*SPACES, "true"], capture_output=True, text=True)
+    return f"root gets no namespaces here ({trial.stderr.strip()}): a container needs --privileged" if trial.returncode else None
+
+
+def free_ports(count: int) -> list[int]:
+    """Distinct ports of 127.0.0.1 that nobody listens on now."""
+    with contextlib.ExitStack() as held:
+        found: list[int] = []
+        for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+            probe = held.enter_context(socket.socket())
+            with contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                found.append(port)
+            if len(found) == count:
+                return found
+    raise RuntimeError(f"no {count} free ports in {PORTS}")
+
+
+class SlurmCluster:
+    """Nodes n1, n2, ... of `cpus` CPUs and `gpus` GPUs each, all in the partitions main and high; a job in high preempts those in main.
+
+    Everything is below `folder`, whose path has at most 70 characters. A node is one slurmd in namespaces of its own: its host name is n1,
+    nodes find each other by name, and its end ends every process of its jobs. No file of the machine changes. Clusters run side by side.
+    With `preempt_signal` a preempted job gets the signal it asked for (--signal) 5 s earlier; without, no more than SIGTERM.
+    accounting="none": there is no slurmdbd, and `sacct` says so and exits 1.
+
+    The trap: start() and boot() belong in the main thread. The daemons die with the *thread* that started them, so that none outlives a
+    killed pytest.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        nodes: int = 4,
+        cpus: int = 4,
+        gpus: int = 2,
+        accounting: str = "none",
+        max_array_size: int = 10001,
+        kill_wait_s: int = 5,
+        preempt_signal: bool = True,
+    ) -> None:
+        self.folder = folder.absolute()
+        if len(str(self.folder)) > LONGEST_FOLDER:
+            raise ValueError(f"{self.folder} is too long for Unix sockets below it: at most {LONGEST_FOLDER} characters, as in /tmp/slurm")
+        if accounting != "none":
+            raise ValueError(f"accounting={accounting!r} is not known: none")
+        self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
+        self.cpus, self.gpus, self.preempt_signal = cpus, gpus, preempt_signal
+        self.settings = {"max_array_size": max_array_size, "kill_wait_s": kill_wait_s}
+        self.env = {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": os.environ.get("PATH", os.defpath) + os.pathsep + SBIN}
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._lock: IO[str] | None = None
+
+    def __enter__(self) -> SlurmCluster:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    # ------------------------------------------------------------------ start and stop
+
+    def start(self) -> None:
+        """Return when every node is idle. RuntimeError with the ends of the logs, and nothing left running, if that does not happen."""
+        if reason := why_not():
+            raise RuntimeError(reason)
+        self._claim_folder()
+        atexit.register(self.stop)
+        try:
+            self._write_configuration()
+            self._start_munged()
+            self._spawn("slurmctld", ["slurmctld", "-D", "-c", "-f", self.env["SLURM_CONF"]])
+            for node in self.nodes:
+                self._spawn_node(node)
+            self.wait_for(lambda: all(self.node_state(node) == "idle" for node in self.nodes), 60, "idle nodes")
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """End the processes that this object started, and with them every job; the folder stays. Twice does no harm."""
+        for name, process in reversed(self.processes.items()):  # not yet waited for, so a pid cannot be another process by now
+            process.send_signal(signal.SIGKILL if name in self.nodes else signal.SIGTERM)
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self.processes.clear()
+        if self._lock:
+            self._lock.close()
+            self._lock = None
+        atexit.unregister(self.stop)
+
+    def _claim_folder(self) -> None:
+        """Ours alone until stop(), and empty but for the lock."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.chmod(0o755)
+        lock = (self.folder / "lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise RuntimeError(f"another cluster runs in {self.folder}: stop it or take another folder") from None
+        self._lock = lock
+        for name in ("state", "spool", "log", "run", "munge", "dev"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+            (self.folder / name).mkdir()
+
+    def _write_configuration(self) -> None:
+        ports = free_ports(1 + len(self.nodes))
+        host = socket.gethostname().split(".")[0]
+        lines = [SLURM_CONF.format(folder=self.folder, host=host, port=ports[0], **self.settings)]
+        if self.preempt_signal:
+            lines.append("SlurmctldParameters=preempt_send_user_signal")
+        gres = f"Gres=gpu:{self.gpus} " if self.gpus else ""
+        for node, port in zip(self.nodes, ports[1:], strict=True):
+            size = f"CPUs={self.cpus} RealMemory=4000 {gres}State=UNKNOWN"
+            lines.append(f"NodeName={node} NodeHostname={node} NodeAddr=127.0.0.1 Port={port} {size}")
+        (self.folder / "slurm.conf").write_text("\n".join(lines) + "\n")
+        # Twins of /dev/null: for plain files Slurm schedules GPUs too, but does not set CUDA_VISIBLE_DEVICES.
+        devices = [self.folder / "dev" / f"nvidia{index}" for index in range(self.gpus)]
+        for device in devices:
+            os.mknod(device, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+        files = ",".join(str(device) for device in devices)
+        (self.folder / "gres.conf").write_text("".join(f"NodeName={node} Name=gpu File={files}\n" for node in self.nodes if files))
+        names = "".join(f"127.0.0.1 {node}\n" for node in self.nodes)
+        (self.folder / "hosts").write_text(Path("/etc/hosts").read_text() + "\n" + names)
+
+    def _start_munged(self) -> None:
+        munge = self.folder / "munge"
+        (munge / "key").touch(0o600)
+        (munge / "key").write_bytes(os.urandom(128))
+        places = {"key-file": "key", "socket": "socket", "pid-file": "pid", "seed-file": "seed", "log-file": "log"}
+        self._spawn("munged", ["munged", "--foreground", "--force", *(f"--{option}={munge / name}" for option, name in places.items())])
+        self.wait_for((munge / "socket").exists, 20, "munged's socket")
+
+    def _spawn(self, name: str, command: list[str]) -> None:
+        """Start a daemon that is killed when this thread dies, with the signals' defaults (a shell's background job ignores some)."""
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH", "SRUN"))}
+        tied = ["setpriv", "--pdeathsig", "KILL", "env", "--default-signal", *command]
+        with (self.folder / "log" / f"{name}.out").open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                tied, env=kept | self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def _spawn_node(self, node: str) -> None:
+        shutil.rmtree(self.folder / "spool" / node, ignore_errors=True)  # a power cut leaves the sockets of its steps
+        (self.folder / "spool" / node).mkdir()
+        (self.folder / "log" / f"slurmd-{node}.log").unlink(missing_ok=True)  # see _still_ends: what it began is over
+        self._spawn(node, [*SPACES, "sh", "-c", NODE_SCRIPT, "sh", node, str(self.folder)])
+
+    # ------------------------------------------------------------------ commands and questions
+
+    def run(self, *command: str) -> str:
+        """What a command of this cluster prints; CalledProcessError, its stderr shown, if it exits with anything but 0."""
+        done = subprocess.run(command, env=os.environ | self.env, capture_output=True, text=True, timeout=120)
+        if done.returncode:
+            error = subprocess.CalledProcessError(done.returncode, command, done.stdout, done.stderr)
+            raise RuntimeError(f"{error}\n{done.stdout}{done.stderr}") from error
+        return done.stdout
+
+    def queue(self) -> dict[str, str]:
+        """Job or array element ("7", "8_0") -> state ("RUNNING"), of every job since the start, the ended ones too."""
+        listed = self.run("squeue", "--array", "--states=all", "--noheader", "--format=%i %T")
+        return {job: state for job, state in (line.split() for line in listed.splitlines())}
+
+    def node_state(self, node: str) -> str:
+        """As sinfo has it: idle, mix, alloc, down, ...; with a star while the node does not answer. Empty while the controller does not."""
+        command = ["sinfo", "-hN", "-p", "main", "-n", node, "-o", "%t"]
+        return subprocess.run(command, env=os.environ | self.env, capture_output=True, text=True).stdout.strip()
+
+    def wait_for(self, condition: Callable[[], T], timeout_s: float, what: str) -> T:
+        """Ask until the answer is true; return it. After timeout_s or a daemon's death: RuntimeError with the queue and the logs' ends."""
+        deadline = time.monotonic() + timeout_s
+        while not (answer := condition()):
+            dead = [name for name, process in self.processes.items() if process.poll() is not None]
+            if dead or time.monotonic() > deadline:
+                raise RuntimeError(f"no {what} within {timeout_s} s; dead daemons: {dead or 'none'}\n{self.report()}")
+            time.sleep(0.1)
+        return answer
+
+    def report(self) -> str:
+        """Nodes, jobs and the ends of all logs, for a person who looks for a failure's cause."""
+        commands = (["sinfo", "-N", "-l"], ["squeue", "--array", "--states=all", "--long"])
+        parts = []
+        for command in commands if "slurmctld" in self.processes else ():
+            done = subprocess.run(command, env=os.environ | self.env, capture_output=True, text=True)
+            parts.append(f"$ {' '.join(command)}\n{done.stdout}{done.stderr}")
+        for log in sorted((self.folder / "log").iterdir()):
+            parts.append(f"--- {log.name}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-12:]))
+        return "\n".join(parts)
+
+    # ------------------------------------------------------------------ what happens to a cluster
+
+    def crash(self, node: str) -> None:
+        """Cut a node's power: every process on it is gone at once. Slurm notices after about 25 s, or by mark_down()."""
+        process = self.processes.pop(node)
+        process.kill()
+        process.wait()
+
+    def boot(self, node: str) -> None:
+        """Switch a node on again after crash(), and wait until the controller hears of it."""
+        if node in self.processes:
+            raise ValueError(f"{node} runs already: crash({node!r}) first")
+        self._spawn_node(node)
+        self.wait_for(lambda: self.node_state(node) in ("idle", "mix", "alloc", "comp"), 60, f"answer of {node}")
+
+    def mark_down(self, node: str) -> None:
+        """Tell the controller that a node is lost: its jobs are requeued now. One that lives comes back by itself."""
+        self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
+
+    def limit(self, job: str, minutes: int) -> None:
+        """Give a job (or element, "8_0") another time limit, counted from its start. Slurm acts up to 30 s after it."""
+        self.run("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes}")
+
+    def boost(self, job: str, timeout_s: float = 60) -> None:
+        """Let a requeued job (or element, "8_0") start now and not 120 s later, as Slurm has it. Wait for the requeue to happen first.
+
+        Earlier, the new start would meet the old one's step: Slurm would hold the job and drain the node.
+        """
+
+        def waits_alone() -> bool:
+            listed = self.run("squeue", "--array", "--noheader", f"--job={job}", "--format=%A %T %r").split()
+            return listed[1:] == ["PENDING", "BeginTime"] and not any(self._still_ends(node, listed[0]) for node in self.nodes)
+
+        self.wait_for(waits_alone, timeout_s, f"requeue of job {job}")
+        self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+    def _still_ends(self, node: str, number: str) -> bool:
+        """Whether a job's step is on a living node yet, or its slurmd not done with it. Of a node DOWN the controller does not know."""
+        if node not in self.processes:
+            return False
+        log = (self.folder / "log" / f"slurmd-{node}.log").read_text()
+        return log.rfind(f"[{number}.") > log.rfind(f"completed epilog for jobid {number}\n")
+
+
+@contextlib.contextmanager
+def started(**settings: Any) -> Iterator[SlurmCluster]:
+    """A running SlurmCluster(**settings) in a folder of its own below /tmp, which goes with it. Skips, or fails, where none can run."""
+    if reason := why_not():
+        if os.environ.get("COSSL_REQUIRE_SLURM"):
+            pytest.fail(f"COSSL_REQUIRE_SLURM is set, and there is no SLURM: {reason}")
+        pytest.skip(f"no SLURM: {reason}")
+    with (
+        tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp", ignore_cleanup_errors=True) as folder,
+        SlurmCluster(Path(folder), **settings) as cluster,
+    ):
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[SlurmCluster]:
+    """Four nodes of four CPUs and two GPUs, one cluster for a test module."""
+    with started() as cluster:
+        yield cluster
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Run a loopback SLURM cluster until Ctrl-C or SIGTERM.")
+    parser.add_argument("folder", type=Path, help="for its whole state; a short path")
+    parser.add_argument("--nodes", type=int, default=4)
+    arguments = parser.parse_args()
+    signals = {signal.SIGINT, signal.SIGTERM}
+    with SlurmCluster(arguments.folder, nodes=arguments.nodes) as cluster:
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        print(f"export SLURM_CONF={cluster.env['SLURM_CONF']}", flush=True)
+        signal.sigwait(signals)
+
+
+if __name__ == "__main__":
+    main()
