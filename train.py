@@ -25,14 +25,15 @@ from tqdm import tqdm
 
 from cossl.models import checkpoint, probe, run_folder
 from cossl.models.checkpoint import State
-from cossl.models.co_ssl import TARGET_VIEWS, CoSsl, LossConfig, ModelConfig, has_collapsed
+from cossl.models.co_ssl import TARGET_VIEWS, CoSsl, LossConfig, ModelConfig
 from cossl.models.features import features, probes
+from cossl.models.flags import flatten, parse_flags, replace_text
 from cossl.models.launch import any_rank, choose_device, first_rank, join, leave
 from cossl.models.optim import OptimConfig, adjust_gradients_, all_finite, make_optimizer, peak_lr, schedule
 from cossl.models.parallel import ALONE, Ranks, current_ranks, distribute
 from cossl.models.probe import OnlineProbe, knn_top1
 from cossl.models.progress import Log, Meter, manual_gc
-from cossl.models.run_folder import flatten, parse_flags, replace_text
+from cossl.models.run_status import REQUEUE_EXIT_CODE, has_collapsed
 from cossl.models.tracking import TrackingConfig, Write, track, train_log
 from cossl.pipelines import LoaderConfig, Loaders, open_splits
 from cossl.pipelines.augment import augment, normalize
@@ -213,7 +214,6 @@ def open_loaders(config: Config, positions: tuple[PositionSpec, ...], ranks: Ran
 # ------------------------------------------------------------------------------------------------- its folder
 
 EVAL_BATCH = 256  # pictures without a gradient at once
-STOP_BEFORE_END_S = 120  # of a job with a known time limit: a step, a checkpoint, and what the site's clock is off
 RESUME_MAY_CHANGE = (
     "data run_dir resume eval_px knn_every knn_pictures log_every checkpoint_every keep_every recompute loader.workers"
     " loader.batches_ahead loader.os_cache tracking.tensorboard tracking.wandb tracking.wandb_project"
@@ -319,7 +319,7 @@ def train(config: Config, model: CoSsl, loaders: Loaders, device: torch.device, 
     rates, log = schedule(config.optim, config.epochs, per_epoch, config.batch_size), Log(writers, per_epoch, model.ranks)
     meter = Meter(total, state.step, state.timed, config.batch_size, model.ranks.rank > 0)
     with contextlib.ExitStack() as held:
-        stop = held.enter_context(run_folder.StopRequest(run_folder.deadline(STOP_BEFORE_END_S)))
+        stop = held.enter_context(run_folder.StopRequest(run_folder.deadline()))
         held.enter_context(manual_gc())
         held.callback(meter.close)
         while state.step < total:
@@ -341,7 +341,7 @@ def train(config: Config, model: CoSsl, loaders: Loaders, device: torch.device, 
                     save(state, config, loaders.views, run_dir)
                 if stopping:
                     say(f"stopped after step {state.step:,} of {total:,} by {stop.reason or 'another rank'}; go on with --resume")
-                    raise SystemExit(run_folder.REQUEUE_EXIT_CODE)
+                    raise SystemExit(REQUEUE_EXIT_CODE)
     return meter.rate()
 
 

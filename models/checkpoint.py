@@ -18,8 +18,7 @@ from torch import Tensor
 
 from cossl.models.co_ssl import CoSsl
 from cossl.models.probe import OnlineProbe
-
-NEWEST_FIRST = ("next.pt", "last.pt", "previous.pt")
+from cossl.models.run_status import CHECKPOINTS
 
 
 @dataclass
@@ -82,12 +81,12 @@ def newest(run_dir: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
 
 def exists(run_dir: str | os.PathLike[str]) -> bool:
     """Whether there is a checkpoint to go on from, be it whole or not."""
-    return any((Path(run_dir) / name).exists() for name in NEWEST_FIRST)
+    return any((Path(run_dir) / name).exists() for name in CHECKPOINTS)
 
 
 def names(run_dir: str | os.PathLike[str]) -> list[str]:
     """Names of the files from which the run can go on, newest first. ValueError if there is none."""
-    found = [name for name in NEWEST_FIRST if (Path(run_dir) / name).exists()]
+    found = [name for name in CHECKPOINTS if (Path(run_dir) / name).exists()]
     if not found:
         raise ValueError(f"{Path(run_dir) / 'last.pt'} does not exist: there is nothing to resume, start without --resume")
     return found

@@ -360,8 +360,3 @@ def effective_rank(covariance: Float[Tensor, "d d"]) -> float:
     """
     deviations = torch.linalg.eigvalsh(covariance.double().cpu()).clamp(min=0).sqrt()
     return torch.exp(torch.special.entr(deviations / deviations.sum()).sum()).item()
-
-
-def has_collapsed(std: float, rank: float) -> bool:
-    """Whether the projections say nothing of their picture any more: all nearly equal, or all on one line."""
-    return std < 0.1 or rank < 2

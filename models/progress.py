@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cossl.models.co_ssl import effective_rank, has_collapsed
+from cossl.models.co_ssl import effective_rank
 from cossl.models.parallel import Ranks
+from cossl.models.run_status import has_collapsed
 
 
 class Log:

@@ -4,68 +4,29 @@
 """
 
 import contextlib
-import dataclasses
 import fcntl
 import functools
-import hashlib
-import io
 import json
 import os
 import platform
-import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import tyro
 
 from cossl.models import checkpoint
+from cossl.models.flags import config_hash, replace_text
+from cossl.models.run_status import REQUEUE_EXIT_CODE
 
-T = TypeVar("T")
-
-# ------------------------------------------------------------------------------------------------- which one, and its config
-
-
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """{"loss.local_weight": 0.3, ...}: plain values only, so that a config goes into JSON and into a checkpoint."""
-    flat: dict[str, Any] = {}
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if dataclasses.is_dataclass(value):
-            flat |= flatten(value, f"{prefix}{f.name}.")
-        else:
-            flat[prefix + f.name] = str(value) if isinstance(value, Path) else value
-    return flat
-
-
-def parse_flags(kind: type[T], argv: Sequence[str], prog: str, description: str, default: T | None = None) -> T:
-    """What argv makes of a dataclass. A wrong flag or value is a ValueError of one line (tyro prints a box of several)."""
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            start = tyro.MISSING_NONPROP if default is None else default
-            return tyro.cli(kind, args=argv, prog=prog, description=description, default=start)
-    except SystemExit as error:
-        if not error.code:
-            raise
-        lines = [line.strip(" │") for line in box.getvalue().splitlines()]
-        said = [line for line in lines if line and line[0] not in "╭╰─" and not line.startswith("For full helptext")]
-        said = re.split(" Got errors: | Argument helptext: ", " ".join(said))[:1]  # what follows is tyro's own affair
-        raise ValueError(f"{said[0]} (see {prog} --help)") from None
-
-
-def config_hash(config: dict[str, Any], ignore: Collection[str] = ()) -> str:
-    """16 hexadecimal digits that are equal if and only if (SHA-256) the flat configs are, but for the ignored keys."""
-    text = json.dumps({k: v for k, v in config.items() if k not in ignore}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+# ------------------------------------------------------------------------------------------------- which one
 
 
 def choose(run_dir: Path | None, resume: bool, preset: str) -> Path:
@@ -87,13 +48,6 @@ def choose(run_dir: Path | None, resume: bool, preset: str) -> Path:
     if run_dir.exists() and (not run_dir.is_dir() or any(path.name != "lock" for path in run_dir.iterdir())):
         raise ValueError(f"{run_dir} holds something already: go on with it by --resume, or choose another --run-dir")
     return run_dir
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes the file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
 
 
 def keep_metrics(path: Path, last_step: int) -> None:
@@ -256,13 +210,7 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 # ------------------------------------------------------------------------------------------------- when it should stop
 
-REQUEUE_EXIT_CODE = 85
-"""The run was asked to stop, has written a checkpoint and is not finished: start the same command again with --resume.
-
-A job script tests for it and calls `scontrol requeue $SLURM_JOB_ID`. Any number would do that neither a shell, a signal (128 and above) nor
-Python itself gives; trap: torchrun turns it into 1.
-"""
-
+STOP_BEFORE_END_S = 120  # of a job with a known time limit: a step, a checkpoint, and what the site's clock is off
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -320,7 +268,7 @@ class StopRequest:
                 signal.raise_signal(number)
 
 
-def deadline(seconds_before_end: float) -> float | None:
+def deadline(seconds_before_end: float = STOP_BEFORE_END_S) -> float | None:
     """When to stop (seconds since 1970) so as to be that long before the job's time limit; None outside a SLURM job or without a limit.
 
     From SLURM_JOB_END_TIME. Trap: a limit changed later (`scontrol update TimeLimit`) does not reach the running job.

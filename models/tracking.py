@@ -15,7 +15,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from cossl.models.run_folder import REQUEUE_EXIT_CODE, replace_text
+from cossl.models.flags import replace_text
+from cossl.models.run_status import FAILED, REQUEUE_EXIT_CODE
 
 Record = dict[str, float]
 Write = Callable[[Record], None]
@@ -123,8 +124,6 @@ def _require(module: str, extra: str) -> Any:
 # ------------------------------------------------------------------------------------------------- words
 
 PROGRESS_EVERY_S = 60
-FAILED = "failed: "
-"""How the last line of train.log begins, after its time, when the run ended by an error."""
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from cossl.models.co_ssl import CoSsl, LossConfig, ModelConfig, Network
 from cossl.models.heads import HEADS
 from cossl.models.objectives import OBJECTIVES
 from cossl.models.rf_resnet import BACKBONES
+from cossl.models.run_status import has_collapsed
 
 TINY = ModelConfig(backbone="rf_resnet18", receptive_field=29, width=4, mlp_after_pool=2, hidden_dim=24, out_dim=6, prototypes=10)
 
@@ -270,8 +271,8 @@ def test_effective_rank_counts_directions(directions: int) -> None:
     z = torch.randn(4000, directions).sign() @ torch.linalg.qr(torch.randn(16, directions))[0].T
     assert co_ssl.effective_rank(co_ssl.covariance(z)) == pytest.approx(directions, rel=0.02)
     narrow = z + 0.002 * torch.randn(4000, 16)
-    assert co_ssl.has_collapsed(1.0, co_ssl.effective_rank(co_ssl.covariance(narrow))) == (directions == 1)
-    assert co_ssl.has_collapsed(co_ssl.spread(5 + 0.1 * torch.randn(4000, 16)).item(), 16)
+    assert has_collapsed(1.0, co_ssl.effective_rank(co_ssl.covariance(narrow))) == (directions == 1)
+    assert has_collapsed(co_ssl.spread(5 + 0.1 * torch.randn(4000, 16)).item(), 16)
 
 
 def test_represent_is_the_pooled_vector_of_the_online_network() -> None:

@@ -16,7 +16,7 @@ import torch
 
 from cossl import train
 from cossl.models import checkpoint, launch
-from cossl.models.run_folder import REQUEUE_EXIT_CODE
+from cossl.models.run_status import REQUEUE_EXIT_CODE
 
 TINY = (
     "demo --epochs 3 --batch-size 16 --log-every 1 --views.size-px 16 --eval-px 16 --model.width 8 --model.receptive-field 9"

@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from cossl.models import tracking
-from cossl.models.run_folder import REQUEUE_EXIT_CODE
+from cossl.models.run_status import REQUEUE_EXIT_CODE
 from cossl.models.tracking import TrackingConfig, track, train_log
 from cossl.pipelines import picture
 from cossl.pipelines.picture import draw_curves

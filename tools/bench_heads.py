@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from cossl.models.flags import parse_flags, replace_text
 from cossl.models.heads import HEADS, Head, predictor_kind
 from cossl.models.losses import cosine_distance
-from cossl.models.run_folder import parse_flags, replace_text
 from cossl.tools.bench import machine, progress, spread
 
 BASELINE, SIDE = "conv1x1", 7

@@ -23,7 +23,7 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
-from cossl.models.run_folder import parse_flags, replace_text
+from cossl.models.flags import parse_flags, replace_text
 from cossl.pipelines.demo_set import cache_dir
 from cossl.tools.bench import did_you_mean, installed, machine, num_cores, progress, require_folder_of, spread
 from cossl.tools.bench_kernels import Kernel, measure_kernels

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from cossl.models.run_folder import parse_flags, replace_text
+from cossl.models.flags import parse_flags, replace_text
 from cossl.pipelines import make_loader
 from cossl.pipelines.batch import Batch, LoaderSpec
 from cossl.pipelines.demo_set import cache_dir

@@ -27,10 +27,11 @@ import tyro
 
 from cossl.models.checkpoint import State
 from cossl.models.co_ssl import CoSsl
+from cossl.models.flags import flatten, parse_flags, replace_text
 from cossl.models.optim import make_optimizer
 from cossl.models.probe import OnlineProbe
 from cossl.models.progress import manual_gc
-from cossl.models.run_folder import code_version, flatten, parse_flags, replace_text
+from cossl.models.run_folder import code_version
 from cossl.pipelines import find_split, make_loader
 from cossl.pipelines.augment import augment
 from cossl.pipelines.batch import Batch, Loader, LoaderSpec, to_device

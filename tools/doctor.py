@@ -23,9 +23,9 @@ import torch
 
 from cossl.models.checkpoint import State
 from cossl.models.co_ssl import CoSsl
+from cossl.models.flags import parse_flags
 from cossl.models.optim import make_optimizer
 from cossl.models.probe import OnlineProbe
-from cossl.models.run_folder import parse_flags
 from cossl.pipelines import choose_backend, find_split, make_loader
 from cossl.pipelines.augment import augment
 from cossl.pipelines.batch import Batch, LoaderSpec

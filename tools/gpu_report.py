@@ -29,7 +29,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from cossl.models.run_folder import parse_flags, replace_text
+from cossl.models.flags import parse_flags, replace_text
 from cossl.tools.bench import machine
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from cossl.models.flags import parse_flags, replace_text
 from cossl.models.heads import HEADS
 from cossl.models.rf_resnet import BACKBONES, PositionGrid, ResNet, position_grid, reachable_fields
-from cossl.models.run_folder import parse_flags, replace_text
 from cossl.tools.bench import machine, require_folder_of
 
 HEAD_MAP = "rf_resnet50"  # the local heads are counted on the feature map of this backbone, at its default receptive field

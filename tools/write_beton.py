@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from cossl.models.run_folder import parse_flags
+from cossl.models.flags import parse_flags
 from cossl.pipelines import convert as conversion
 from cossl.pipelines.beton import manifest_path, verify
 
