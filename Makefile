@@ -2,13 +2,15 @@
 #   make demo   train CO-BYOL on a small generated picture set, end to end (about three minutes on 2 CPU cores)
 #   make test   the test suite        make lint type   ruff, import contracts, mypy        make setup   install only
 #   make test-long   the tests that take minutes (kills at random moments)
-#   make test-slurm  the tests on a real SLURM on this machine alone (needs root; installs Debian's packages)
+#   make test-slurm  the tests on a real SLURM on this machine alone (needs root; installs Debian's packages);
+#                    with slurmdbd and MariaDB too: make test-slurm ACCOUNTING=dbd
 #   make bench  our loaders beside their peers (within five minutes)
 #   make gpu-report   everything that needs a GPU, within ten minutes; without network: python -m cossl.tools.gpu_report
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+ACCOUNTING ?= none
 
 .PHONY: demo setup test test-long test-slurm lint type bench gpu-report clean
 
@@ -28,8 +30,8 @@ test-long: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m long
 
 test-slurm: setup
-	sh tools/setup_slurm.sh
-	COSSL_REQUIRE_SLURM=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -m slurm
+	sh tools/setup_slurm.sh $(ACCOUNTING)
+	COSSL_REQUIRE_SLURM=$(ACCOUNTING) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -m slurm
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports

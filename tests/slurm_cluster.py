@@ -1,6 +1,7 @@
 """A real SLURM on this machine alone, for the tests: slurmctld, a few slurmd and munged on 127.0.0.1, up in about a second.
 
-In a test module (needs root; skips with the reason where it cannot run, and fails instead where COSSL_REQUIRE_SLURM is set):
+In a test module (needs root; skips with the reason where it cannot run, and fails instead where COSSL_REQUIRE_SLURM is none, or dbd
+for those with accounting too):
 
     import slurm_cluster
 
@@ -24,11 +25,8 @@ import atexit
 import contextlib
 import fcntl
 import os
-import random
 import shutil
 import signal
-import socket
-import stat
 import subprocess
 import sys
 import tempfile
@@ -38,74 +36,26 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import pytest
+from slurm_config import ACCOUNTING, write_configuration
 
 T = TypeVar("T")
 
 INSTALL = "sudo apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
+INSTALL_ACCOUNTING = "sudo apt-get install --no-install-recommends slurmdbd mariadb-server"
 PACKAGED = ("slurmctld", "slurmd", "munged", "sbatch")
+PACKAGED_ACCOUNTING = ("slurmdbd", "sacctmgr", "mariadbd", "mariadb", "mariadb-install-db")
+DATABASE = """
+create user slurm@'127.0.0.1' identified by 'slurm'; create user slurm@localhost identified by 'slurm'; create database slurm_acct_db;
+grant all on slurm_acct_db.* to slurm@'127.0.0.1'; grant all on slurm_acct_db.* to slurm@localhost;
+"""
 SBIN = os.pathsep.join(["/usr/sbin", "/sbin"])
 # A Unix socket's path has at most 107 bytes; the longest below the folder is that of a job's step: spool/n1/n1_<job>.<step>.
 LONGEST_FOLDER = 70
-# No client's outgoing connection is given a port below 32768, so a node that was cut off finds its own port free again.
-PORTS = range(12000, 32000)
 SPACES = "unshare --uts --mount --pid --fork --kill-child --mount-proc --propagation private".split()
 # The first process of a node's namespace. When slurmd ends, it ends, and with it whatever still runs on the node.
 NODE_SCRIPT = """
 hostname "$1" && mount --bind "$2/hosts" /etc/hosts && mount --bind "$2" /etc/slurm || exit 1
 slurmd -D -N "$1" -f "$2/slurm.conf" & wait "$!"
-"""
-
-SLURM_CONF = """\
-ClusterName=loopback
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={port}
-SlurmUser=root
-SlurmdUser=root
-AuthType=auth/munge
-CredType=cred/munge
-AuthInfo=socket={folder}/munge/socket
-CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
-# No cgroups. proctrack/linuxproc would lose a task that ignores SIGTERM and whose parent is gone: it outlives its job.
-ProctrackType=proctrack/pgid
-TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/none
-MpiDefault=none
-MailProg=/bin/true
-SelectType=select/cons_tres
-SelectTypeParameters=CR_Core_Memory
-# Without it a job that asks for no memory takes a whole node's.
-DefMemPerCPU=100
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool/%n
-SlurmctldPidFile={folder}/run/slurmctld.pid
-SlurmdPidFile={folder}/run/slurmd-%n.pid
-SlurmctldLogFile={folder}/log/slurmctld.log
-SlurmdLogFile={folder}/log/slurmd-%n.log
-SlurmctldDebug=debug
-SlurmdDebug=debug
-SchedulerType=sched/backfill
-SchedulerParameters=sched_interval=2,sched_min_interval=0,batch_sched_delay=0,bf_interval=2,bf_max_time=5
-PriorityType=priority/basic
-JobRequeue=1
-ReturnToService=2
-SlurmctldTimeout=30
-SlurmdTimeout=10
-InactiveLimit=0
-KillWait={kill_wait_s}
-OverTimeLimit=0
-MinJobAge=3600
-MessageTimeout=10
-BatchStartTimeout=10
-MaxArraySize={max_array_size}
-PreemptType=preempt/partition_prio
-PreemptMode=REQUEUE
-AccountingStorageType=accounting_storage/none
-JobCompType=jobcomp/none
-# Several slurmd on one host, which believe this file and not the machine.
-SlurmdParameters=config_overrides
-GresTypes=gpu
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=5
-PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 
 
@@ -114,30 +64,18 @@ def which(command: str) -> str | None:
     return shutil.which(command, path=os.environ.get("PATH", os.defpath) + os.pathsep + SBIN)
 
 
-def why_not() -> str | None:
+def why_not(accounting: str = "none") -> str | None:
     """Why no cluster can run here, with the remedy; None where it can."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "a loopback SLURM needs root on Linux (namespaces and device nodes)"
     if absent := [command for command in PACKAGED if which(command) is None]:
         return f"no {', '.join(absent)} here: {INSTALL}"
+    if accounting == "dbd" and (absent := [command for command in PACKAGED_ACCOUNTING if which(command) is None]):
+        return f"no {', '.join(absent)} here: {INSTALL_ACCOUNTING}"
     if absent := [command for command in ("unshare", "setpriv") if which(command) is None]:
         return f"no {', '.join(absent)} here: install util-linux"
     trial = subprocess.run([*SPACES, "true"], capture_output=True, text=True)
     return f"root gets no namespaces here ({trial.stderr.strip()}): a container needs --privileged" if trial.returncode else None
-
-
-def free_ports(count: int) -> list[int]:
-    """Distinct ports of 127.0.0.1 that nobody listens on now."""
-    with contextlib.ExitStack() as held:
-        found: list[int] = []
-        for port in random.SystemRandom().sample(PORTS, len(PORTS)):
-            probe = held.enter_context(socket.socket())
-            with contextlib.suppress(OSError):
-                probe.bind(("127.0.0.1", port))
-                found.append(port)
-            if len(found) == count:
-                return found
-    raise RuntimeError(f"no {count} free ports in {PORTS}")
 
 
 class SlurmCluster:
@@ -146,7 +84,7 @@ class SlurmCluster:
     Everything is below `folder`, whose path has at most 70 characters. A node is one slurmd in namespaces of its own: its host name is n1,
     nodes find each other by name, and its end ends every process of its jobs. No file of the machine changes. Clusters run side by side.
     With `preempt_signal` a preempted job gets the signal it asked for (--signal) 5 s earlier; without, no more than SIGTERM.
-    accounting="none": there is no slurmdbd, and `sacct` says so and exits 1.
+    accounting="none": there is no slurmdbd, and `sacct` says so and exits 1; "dbd": slurmdbd and MariaDB, three seconds more.
 
     The trap: start() and boot() belong in the main thread. The daemons die with the *thread* that started them, so that none outlives a
     killed pytest.
@@ -166,11 +104,12 @@ class SlurmCluster:
         self.folder = folder.absolute()
         if len(str(self.folder)) > LONGEST_FOLDER:
             raise ValueError(f"{self.folder} is too long for Unix sockets below it: at most {LONGEST_FOLDER} characters, as in /tmp/slurm")
-        if accounting != "none":
-            raise ValueError(f"accounting={accounting!r} is not known: none")
+        if accounting not in ACCOUNTING:
+            raise ValueError(f"accounting={accounting!r} is not one of {', '.join(ACCOUNTING)}")
         self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
-        self.cpus, self.gpus, self.preempt_signal = cpus, gpus, preempt_signal
-        self.settings = {"max_array_size": max_array_size, "kill_wait_s": kill_wait_s}
+        self.cpus, self.gpus, self.accounting = cpus, gpus, accounting
+        signal_line = "SlurmctldParameters=preempt_send_user_signal" if preempt_signal else ""
+        self.settings = {"max_array_size": max_array_size, "kill_wait_s": kill_wait_s, "preempt_signal": signal_line}
         self.env = {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": os.environ.get("PATH", os.defpath) + os.pathsep + SBIN}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._lock: IO[str] | None = None
@@ -186,13 +125,16 @@ class SlurmCluster:
 
     def start(self) -> None:
         """Return when every node is idle. RuntimeError with the ends of the logs, and nothing left running, if that does not happen."""
-        if reason := why_not():
+        if reason := why_not(self.accounting):
             raise RuntimeError(reason)
         self._claim_folder()
         atexit.register(self.stop)
         try:
-            self._write_configuration()
+            size = f"CPUs={self.cpus} RealMemory=4000"
+            database_port = write_configuration(self.folder, self.nodes, size, self.gpus, self.accounting, **self.settings)
             self._start_munged()
+            if self.accounting == "dbd":
+                self._start_accounting(database_port)
             self._spawn("slurmctld", ["slurmctld", "-D", "-c", "-f", self.env["SLURM_CONF"]])
             for node in self.nodes:
                 self._spawn_node(node)
@@ -203,18 +145,22 @@ class SlurmCluster:
 
     def stop(self) -> None:
         """End the processes that this object started, and with them every job; the folder stays. Twice does no harm."""
-        for name, process in reversed(self.processes.items()):  # not yet waited for, so a pid cannot be another process by now
-            process.send_signal(signal.SIGKILL if name in self.nodes else signal.SIGTERM)
-            try:
-                process.wait(5)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        self.processes.clear()
+        for name in reversed(list(self.processes)):
+            self._end(name)
         if self._lock:
             self._lock.close()
             self._lock = None
         atexit.unregister(self.stop)
+
+    def _end(self, name: str) -> None:
+        """Stop one of them. It has not been waited for, so its pid cannot have become another process's."""
+        process = self.processes.pop(name)
+        process.send_signal(signal.SIGKILL if name in self.nodes else signal.SIGTERM)
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
     def _claim_folder(self) -> None:
         """Ours alone until stop(), and empty but for the lock."""
@@ -227,29 +173,9 @@ class SlurmCluster:
             lock.close()
             raise RuntimeError(f"another cluster runs in {self.folder}: stop it or take another folder") from None
         self._lock = lock
-        for name in ("state", "spool", "log", "run", "munge", "dev"):
+        for name in ("state", "spool", "log", "run", "munge", "dev", "database"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
             (self.folder / name).mkdir()
-
-    def _write_configuration(self) -> None:
-        ports = free_ports(1 + len(self.nodes))
-        host = socket.gethostname().split(".")[0]
-        lines = [SLURM_CONF.format(folder=self.folder, host=host, port=ports[0], **self.settings)]
-        if self.preempt_signal:
-            lines.append("SlurmctldParameters=preempt_send_user_signal")
-        gres = f"Gres=gpu:{self.gpus} " if self.gpus else ""
-        for node, port in zip(self.nodes, ports[1:], strict=True):
-            size = f"CPUs={self.cpus} RealMemory=4000 {gres}State=UNKNOWN"
-            lines.append(f"NodeName={node} NodeHostname={node} NodeAddr=127.0.0.1 Port={port} {size}")
-        (self.folder / "slurm.conf").write_text("\n".join(lines) + "\n")
-        # Twins of /dev/null: for plain files Slurm schedules GPUs too, but does not set CUDA_VISIBLE_DEVICES.
-        devices = [self.folder / "dev" / f"nvidia{index}" for index in range(self.gpus)]
-        for device in devices:
-            os.mknod(device, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
-        files = ",".join(str(device) for device in devices)
-        (self.folder / "gres.conf").write_text("".join(f"NodeName={node} Name=gpu File={files}\n" for node in self.nodes if files))
-        names = "".join(f"127.0.0.1 {node}\n" for node in self.nodes)
-        (self.folder / "hosts").write_text(Path("/etc/hosts").read_text() + "\n" + names)
 
     def _start_munged(self) -> None:
         munge = self.folder / "munge"
@@ -258,6 +184,20 @@ class SlurmCluster:
         places = {"key-file": "key", "socket": "socket", "pid-file": "pid", "seed-file": "seed", "log-file": "log"}
         self._spawn("munged", ["munged", "--foreground", "--force", *(f"--{option}={munge / name}" for option, name in places.items())])
         self.wait_for((munge / "socket").exists, 20, "munged's socket")
+
+    def _start_accounting(self, port: int) -> None:
+        files, sock = self.folder / "database", self.folder / "run" / "database"
+        new = ["--user=root", "--auth-root-authentication-method=normal", "--skip-test-db"]
+        self.run("mariadb-install-db", "--no-defaults", f"--datadir={files}", *new)
+        place = [f"--datadir={files}", f"--socket={sock}", f"--pid-file={sock}.pid", "--bind-address=127.0.0.1", f"--port={port}"]
+        small = ["--innodb-buffer-pool-size=64M", "--innodb-log-file-size=16M", "--innodb-flush-log-at-trx-commit=0", "--skip-log-bin"]
+        waits = ["--innodb-lock-wait-timeout=900"]  # slurmdbd complains of less
+        self._spawn("mariadbd", ["mariadbd", "--no-defaults", "--user=root", *place, *small, *waits])
+        client = ["mariadb", "--no-defaults", "--user=root", f"--socket={sock}", "--execute"]
+        self.wait_for(lambda: self._succeeds(*client, "select 1"), 60, "answer of the database")
+        self.run(*client, DATABASE)
+        self._spawn("slurmdbd", ["slurmdbd", "-D"])
+        self.wait_for(lambda: self._succeeds("sacctmgr", "--immediate", "add", "cluster", "loopback"), 60, "answer of slurmdbd")
 
     def _spawn(self, name: str, command: list[str]) -> None:
         """Start a daemon that is killed when this thread dies, with the signals' defaults (a shell's background job ignores some)."""
@@ -284,6 +224,9 @@ class SlurmCluster:
             raise RuntimeError(f"{error}\n{done.stdout}{done.stderr}") from error
         return done.stdout
 
+    def _succeeds(self, *command: str) -> bool:
+        return subprocess.run(command, env=os.environ | self.env, capture_output=True, timeout=60).returncode == 0
+
     def queue(self) -> dict[str, str]:
         """Job or array element ("7", "8_0") -> state ("RUNNING"), of every job since the start, the ended ones too."""
         listed = self.run("squeue", "--array", "--states=all", "--noheader", "--format=%i %T")
@@ -300,7 +243,7 @@ class SlurmCluster:
         while not (answer := condition()):
             dead = [name for name, process in self.processes.items() if process.poll() is not None]
             if dead or time.monotonic() > deadline:
-                raise RuntimeError(f"no {what} within {timeout_s} s; dead daemons: {dead or 'none'}\n{self.report()}")
+                raise RuntimeError(f"no {what} within {timeout_s} s; dead daemons: {', '.join(dead) or 'none'}\n{self.report()}")
             time.sleep(0.1)
         return answer
 
@@ -319,9 +262,7 @@ class SlurmCluster:
 
     def crash(self, node: str) -> None:
         """Cut a node's power: every process on it is gone at once. Slurm notices after about 25 s, or by mark_down()."""
-        process = self.processes.pop(node)
-        process.kill()
-        process.wait()
+        self._end(node)
 
     def boot(self, node: str) -> None:
         """Switch a node on again after crash(), and wait until the controller hears of it."""
@@ -329,6 +270,15 @@ class SlurmCluster:
             raise ValueError(f"{node} runs already: crash({node!r}) first")
         self._spawn_node(node)
         self.wait_for(lambda: self.node_state(node) in ("idle", "mix", "alloc", "comp"), 60, f"answer of {node}")
+
+    def stop_controller(self) -> None:
+        """From now on squeue, sbatch and scontrol fail, each after some seconds; jobs that run go on."""
+        self._end("slurmctld")
+
+    def start_controller(self) -> None:
+        """After stop_controller(): it knows the jobs of before."""
+        self._spawn("slurmctld", ["slurmctld", "-D", "-f", self.env["SLURM_CONF"]])
+        self.wait_for(lambda: self._succeeds("scontrol", "ping"), 60, "answer of the controller")
 
     def mark_down(self, node: str) -> None:
         """Tell the controller that a node is lost: its jobs are requeued now. One that lives comes back by itself."""
@@ -362,9 +312,11 @@ class SlurmCluster:
 @contextlib.contextmanager
 def started(**settings: Any) -> Iterator[SlurmCluster]:
     """A running SlurmCluster(**settings) in a folder of its own below /tmp, which goes with it. Skips, or fails, where none can run."""
-    if reason := why_not():
-        if os.environ.get("COSSL_REQUIRE_SLURM"):
-            pytest.fail(f"COSSL_REQUIRE_SLURM is set, and there is no SLURM: {reason}")
+    accounting = settings.get("accounting", "none")
+    if reason := why_not(accounting):
+        required = os.environ.get("COSSL_REQUIRE_SLURM")
+        if required and accounting in ("none", required):
+            pytest.fail(f"COSSL_REQUIRE_SLURM={required}, and there is no SLURM: {reason}")
         pytest.skip(f"no SLURM: {reason}")
     with (
         tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp", ignore_cleanup_errors=True) as folder,
@@ -384,9 +336,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Run a loopback SLURM cluster until Ctrl-C or SIGTERM.")
     parser.add_argument("folder", type=Path, help="for its whole state; a short path")
     parser.add_argument("--nodes", type=int, default=4)
+    parser.add_argument("--accounting", choices=list(ACCOUNTING), default="none", help="dbd: slurmdbd and MariaDB, for sacct")
     arguments = parser.parse_args()
     signals = {signal.SIGINT, signal.SIGTERM}
-    with SlurmCluster(arguments.folder, nodes=arguments.nodes) as cluster:
+    with SlurmCluster(arguments.folder, nodes=arguments.nodes, accounting=arguments.accounting) as cluster:
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         print(f"export SLURM_CONF={cluster.env['SLURM_CONF']}", flush=True)
         signal.sigwait(signals)
