@@ -47,6 +47,8 @@ class Run:
     linear_top1: float | None = None
     """Percent, of a finished run."""
     images_per_s: float | None = None
+    left_s: float | None = None
+    """Seconds of training that are left at this speed."""
     idle_s: float | None = None
     """Seconds since the last line of metrics.jsonl."""
     notes: list[str] = field(default_factory=list)
@@ -68,12 +70,13 @@ def read_run(path: Path, name: str, locked: frozenset[int] | None) -> Run:
     last, knn = _last_lines(path / "metrics.jsonl", run)
     run.preset, run.method, run.epochs = _word(config.get("preset")), _word(config.get("model.method")), _number(config.get("epochs"))
     run.epoch, run.images_per_s = _number(last.get("epoch")), _number(last.get("images_per_s"))
+    run.left_s = _left_s(run, _number(last.get("step")), _number(config.get("batch_size")))
     trained = {
         probe: _number(results[probe].get("trained")) for probe in ("knn_top1", "linear_top1") if isinstance(results.get(probe), dict)
     }
     run.knn_top1, run.linear_top1 = trained.get("knn_top1", knn), trained.get("linear_top1")
     collapsed = results["collapsed"] is True if "collapsed" in results else _collapsed(last)
-    end = _last_words(path / "train.log")
+    end = last_words(path / "train.log")
     if not results and is_running(path / "lock", locked):
         run.state = "running"
         run.notes += ["collapsed"] * collapsed
@@ -88,6 +91,12 @@ def read_run(path: Path, name: str, locked: frozenset[int] | None) -> Run:
     if run.state not in ("running", "finished") and end.startswith(FAILED):
         run.notes.append(end.removeprefix(FAILED))
     return run
+
+
+def _left_s(run: Run, step: float | None, batch_size: float | None) -> float | None:
+    if not (run.epoch and run.epochs and run.images_per_s and step and batch_size):
+        return None
+    return max(0.0, (run.epochs - run.epoch) * step / run.epoch * batch_size / run.images_per_s)
 
 
 def _read_object(path: Path, run: Run, missing: str = "missing") -> dict[str, Any]:
@@ -149,7 +158,7 @@ def _collapsed(last: dict[str, Any]) -> bool:
     return std is not None and rank is not None and has_collapsed(std, rank)
 
 
-def _last_words(path: Path) -> str:
+def last_words(path: Path) -> str:
     """The last line of train.log, without its time."""
     with contextlib.suppress(OSError), open(path, "rb") as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))

@@ -53,7 +53,9 @@ class Cluster:
     setup: tuple[str, ...] = ()
     """Lines of shell before the program: modules, proxies."""
     python: str = ""
-    """Command that starts Python on the nodes, in a container for one; default the interpreter that submits."""
+    """Command that starts Python in the tasks, where it is in a container; default the interpreter that submits."""
+    srun_args: tuple[str, ...] = ()
+    """Further arguments of srun, for a container for one."""
     scratch: str = ""
     """Folder on each node's own disk, in the node's words ($TMPDIR): betons are copied there first, once a node."""
     max_array_size: int = 0

@@ -46,7 +46,9 @@ class Job(NamedTuple):
     point: str
     """Its identity."""
     job: str
-    """SLURM's number, 123 or 123_4; of a run on this machine, local-<process>."""
+    """SLURM's number, 123 or 123_4; of a run on this machine, local-<process>-<time>-<slot>."""
+    grid: str
+    """Name of the sweep that submitted it."""
     cluster: str
     code: str
     """Name of the snapshot below code/."""
@@ -55,6 +57,11 @@ class Job(NamedTuple):
     time: float
     """Of the submission, seconds since 1970."""
 
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a process of this machine."""
+        return self.job.startswith("local-")
+
 
 class Sweep(NamedTuple):
     """What sweep.json and jobs.jsonl say."""
@@ -62,7 +69,7 @@ class Sweep(NamedTuple):
     folder: Path
     points: list[Point]
     jobs: list[Job]
-    """In order of submission."""
+    """Of its points, by whichever sweep, in order of submission."""
 
     @property
     def grid(self) -> str:
@@ -84,7 +91,8 @@ def read_sweep(folder: Path) -> Sweep:
         points = [Point(**point) for point in json.loads(path.read_text())["points"]] if path.exists() else []
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged ({error}): submit the grid again to another --folder") from None
-    return Sweep(folder, points, list(_jobs(folder / "jobs.jsonl")))
+    own, jobs = {point.identity for point in points}, [job for path in folder.parent.glob("*/jobs.jsonl") for job in _jobs(path)]
+    return Sweep(folder, points, sorted((job for job in jobs if job.point in own), key=lambda job: job.time))
 
 
 def _jobs(path: Path) -> Iterator[Job]:
@@ -111,10 +119,10 @@ def record_jobs(folder: Path, jobs: Iterable[Job]) -> None:
 
 
 @contextlib.contextmanager
-def held(folder: Path, wait_s: float = 60) -> Iterator[None]:
-    """Inside the block nobody else submits to this sweep. ValueError if somebody does for so long."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as file:
+def held(root: Path, wait_s: float = 60) -> Iterator[None]:
+    """Inside the block nobody else submits a sweep in `root`. ValueError if somebody does for so long."""
+    root.mkdir(parents=True, exist_ok=True)
+    with open(root / "lock", "w") as file:
         end = time.monotonic() + wait_s
         while True:
             try:
@@ -122,7 +130,7 @@ def held(folder: Path, wait_s: float = 60) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > end:
-                    raise ValueError(f"{folder}: another `cossl sweep` is submitting there: wait for it") from None
+                    raise ValueError(f"{root}: another `cossl sweep` is submitting there: wait for it") from None
                 time.sleep(0.5)
         yield
 

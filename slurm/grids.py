@@ -153,16 +153,16 @@ SEEDS = (0, 1, 2)
 IDENTITY_IGNORES = set(RESUME_MAY_CHANGE) - {"data", "eval_px"}  # a path is the best name that a set of pictures has
 
 
-def points(grid: str, presets: Sequence[str], seeds: Sequence[int], data: Mapping[str, Path], flags: Sequence[str]) -> list[Point]:
+def points(grid: str, presets: Sequence[str], seeds: Sequence[int], data: Sequence[str], flags: Sequence[str]) -> list[Point]:
     """The points of a grid by name or TOML file, on each preset; `flags` are those of `cossl train` for every point.
 
-    `presets` and `seeds` empty: the grid's own. `data`: folder of pictures of each preset. ValueError for what cannot be, and for a grid
-    that has the same point twice.
+    `presets` and `seeds` empty: the grid's own. `data`: a folder of pictures for all, or in1k=/data/in1k for each preset. ValueError for
+    what cannot be, and for a grid that has the same point twice.
     """
     make, own_presets, own_seeds, own_flags = _read_grid(grid)
     found = []
     for preset in presets or own_presets:
-        _, base = parse([preset, *own_flags, *flags, *(["--data", str(data[preset])] if preset in data else [])])
+        _, base = parse([preset, *own_flags, *flags, *_data_flags(preset, presets or own_presets, data)])
         if base.data is not None:
             base = dataclasses.replace(base, data=base.data.absolute())
         found += [_point(name, preset, config, seed) for name, config, seed in make(base, seeds or own_seeds)]
@@ -172,13 +172,23 @@ def points(grid: str, presets: Sequence[str], seeds: Sequence[int], data: Mappin
     return found
 
 
+def _data_flags(preset: str, presets: Sequence[str], data: Sequence[str]) -> list[str]:
+    named = dict(word.split("=", 1) for word in data if "=" in word and word.partition("=")[0] in PRESETS)
+    strange = sorted(set(named) - set(presets))
+    if strange or len(named) + 1 < len(data) or (named and len(named) < len(data)):
+        raise ValueError(f"--data {' '.join(data)}: expected one folder, or <preset>=<folder> for each of {', '.join(presets)}")
+    folder = named.get(preset) or (None if named else next(iter(data), None))
+    return ["--data", folder] if folder else []
+
+
 def _point(name: str, preset: str, config: Config, seed: int) -> Point:
     counts = {key: value for key, value in flatten(config).items() if key not in IDENTITY_IGNORES}
-    counts, identity, flags = json.loads(json.dumps(counts)), config_hash(counts), flags_of(preset, config)
-    described = {flag.lstrip("-").rpartition(".")[2]: value for flag, value in _by_flag(flags) if flag not in ("--data", "--seed")}
-    words = "-".join("_".join([flag, *value]) for flag, value in described.items())
+    counts, start = json.loads(json.dumps(counts)), json.loads(json.dumps(flatten(PRESETS[preset]())))
+    described = {key: value for key, value in counts.items() if value != start[key] and key not in ("data", "seed")}
+    words = "-".join(f"{key.rpartition('.')[2]}_{value}" for key, value in described.items())
+    identity = config_hash(counts)
     run = re.sub(r"[^\w.=-]+", "_", f"{preset}-{words}")[:80].rstrip("-_") + f"-seed{seed}-{identity[:8]}"
-    return Point(name, preset, seed, identity, run, flags, counts)
+    return Point(name, preset, seed, identity, run, flags_of(preset, config), counts)
 
 
 def flags_of(preset: str, config: Config) -> list[str]:
@@ -193,12 +203,6 @@ def _flag(key: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [f"{prefix}{'' if value else 'no-'}{name}"]
     return [prefix + name, *([str(one) for one in value] if isinstance(value, list | tuple) else [str(value)])]
-
-
-def _by_flag(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    starts = [i for i, word in enumerate(words) if word.startswith("--")]
-    for first, end in itertools.pairwise([*starts, len(words)]):
-        yield words[first], list(words[first + 1 : end])
 
 
 def _word(value: Any) -> str:

@@ -1,0 +1,227 @@
+"""What a job does for its point, beside training: whether to begin, betons to the node's own disk, whether to be queued again.
+
+A job's script calls `begin`, starts the tasks by srun, and calls `end` with their exit code:
+
+    python -m cossl.slurm.point begin SWEEP ARRAY     exit code 0: start; 3: nothing is to be done, for a reason that it prints
+    srun ... (each task: `run`, which becomes `cossl train` by exec)
+    python -m cossl.slurm.point end SWEEP ARRAY CODE
+
+So nothing of submitit is alive in the tasks: no handler that requeues before there is a checkpoint, or ignores SIGTERM, no pickled result
+that tells of an attempt which is long over. Requeueing is the batch script's alone: it outlives the tasks and exists once.
+No torch here: what is slow to import is imported once, by the trainer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from cossl.models.flags import replace_text
+from cossl.models.run_status import REQUEUE_EXIT_CODE
+from cossl.slurm.folder import Point, Sweep, read_sweep, results_of
+
+NOTHING_TO_DO = 3
+STOPPED_CODES = (REQUEUE_EXIT_CODE, 128 + 10, 128 + 12, 128 + 15)
+"""Of the trainer: 85 with a checkpoint; killed by SIGUSR1, SIGUSR2 or SIGTERM where they came before it could catch them."""
+LOCK_WAIT_S = 600
+"""How long a requeued run waits for the lock of its dying predecessor; a server of network files may keep it for a minute or two."""
+MOST_STARTS = 5
+"""Starts of one job in a row that find no newer checkpoint than the one before: then it is not queued again."""
+
+# ------------------------------------------------------------------------------------------------- which job, which point
+
+
+def job_name() -> str:
+    """123 or 123_4: the SLURM job that this process is in. ValueError outside one."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    if array and task:
+        return f"{array}_{task}"
+    if "SLURM_JOB_ID" not in os.environ:
+        raise ValueError("not in a SLURM job: this is what a sweep's jobs call")
+    return os.environ["SLURM_JOB_ID"]
+
+
+def point_of(sweep: Sweep, array: Path) -> Point:
+    """The point of this element of the array, whose file lists identities."""
+    identity = json.loads(array.read_text())[int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))]
+    return next(point for point in sweep.points if point.identity == identity)
+
+
+def record_of(folder: Path, job: str) -> dict[str, Any]:
+    """{"code": 1, "why": "..."}: how the job ended, as it said itself; {} if it did not. `folder` is the sweep's."""
+    with contextlib.suppress(OSError, ValueError):
+        record = json.loads((folder / "exits" / job).read_text())
+        return record if isinstance(record, dict) else {}
+    return {}
+
+
+def record(folder: Path, job: str, code: int | None, why: str) -> None:
+    """Writes what `record_of` reads."""
+    (folder / "exits").mkdir(exist_ok=True)
+    replace_text(folder / "exits" / job, json.dumps({"code": code, "why": why}))
+
+
+CANCELLED = "cancelled"
+
+# ------------------------------------------------------------------------------------------------- before the tasks
+
+
+def begin(sweep: Sweep, point: Point, job: str) -> str:
+    """Why the point is not to be started now, "" if it is. Takes back what an earlier attempt of the same job recorded."""
+    if record_of(sweep.folder, job).get("why") == CANCELLED:
+        return "the sweep was cancelled"  # and its job queued again in the same moment
+    if results_of(sweep.run_dir(point), point) is not None:
+        record(sweep.folder, job, 0, "was done already")
+        return f"{point.run} is done already"
+    starts = sweep.folder / "exits" / f"{job}.starts"
+    starts.parent.mkdir(exist_ok=True)
+    before = starts.read_text().splitlines() if starts.exists() else []
+    now = _progress(sweep.run_dir(point))
+    if len(before) >= MOST_STARTS and set(before[-MOST_STARTS:]) == {now}:
+        why = f"gave up: {MOST_STARTS} starts of job {job} in a row without a new checkpoint"
+        record(sweep.folder, job, 1, why)
+        return why
+    with open(starts, "a") as file:
+        file.write(now + "\n")
+    (sweep.folder / "exits" / job).unlink(missing_ok=True)
+    return ""
+
+
+def _progress(run_dir: Path) -> str:
+    times = [path.stat().st_mtime_ns for path in (run_dir / "next.pt", run_dir / "last.pt") if path.exists()]
+    return str(max(times, default=0))
+
+
+# ------------------------------------------------------------------------------------------------- a task
+
+
+def run(folder: str, array: str, scratch: str) -> NoReturn:
+    """Becomes the trainer, in a task of a job. What a pickle of submitit calls: folder of the sweep, file of the array, Cluster.scratch."""
+    sweep = read_sweep(Path(folder))
+    become_trainer(sweep, point_of(sweep, Path(array)), scratch)
+
+
+def become_trainer(sweep: Sweep, point: Point, scratch: str = "") -> NoReturn:
+    """`cossl train` in the place of this process, by the same interpreter and from the same source as this file."""
+    command = trainer(sweep, point, scratch)
+    print(f"cossl sweep: {shlex.join(command[4:])}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os.execv(command[0], command)
+
+
+def trainer(sweep: Sweep, point: Point, scratch: str = "") -> list[str]:
+    """The command that starts the point or goes on with it."""
+    flags = list(point.flags)
+    if scratch and "--data" in flags:
+        at = flags.index("--data") + 1
+        flags[at] = str(staged(Path(flags[at]), Path(os.path.expandvars(scratch))))
+    place = ["--run-dir", str(sweep.run_dir(point)), "--resume", "--lock-wait-s", str(LOCK_WAIT_S)]
+    return [sys.executable, "-u", "-m", "cossl.train", point.preset, *flags, *place]
+
+
+def require_snapshot(folder: Path) -> None:
+    """RuntimeError unless this file was imported from the sweep's code/: an editable install or the working folder can get in between."""
+    if folder.resolve() / "code" not in Path(__file__).resolve().parents:
+        raise RuntimeError(f"this job runs {Path(__file__).parent.parent} and not the snapshot below {folder / 'code'}: see PYTHONPATH")
+
+
+# ------------------------------------------------------------------------------------------------- betons to the node's own disk
+
+
+def staged(data: Path, scratch: Path) -> Path:
+    """The folder on this node's disk with copies of data's betons and manifests; `data` itself where they have no room, which is said.
+
+    The first process on the node copies, the others wait for it, tasks of other jobs too; a copy that is there already, with the size and
+    the time of the original, is used. A folder of pictures is not copied.
+    """
+    betons = sorted(path for path in data.iterdir() if path.is_file()) if (data / "train.beton").exists() else []
+    if not betons:
+        return data
+    name = "-".join(data.absolute().parts[1:])
+    target = scratch / f"cossl-{os.getuid()}" / name
+    target.mkdir(parents=True, exist_ok=True)
+    with open(target / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        missing = [path for path in betons if not _same(path, target / path.name)]
+        need, free = sum(path.stat().st_size for path in missing), shutil.disk_usage(target).free
+        if need > free:
+            print(f"cossl sweep: {target} has {free / 2**30:.1f} GiB free, {need / 2**30:.1f} are needed: reading {data}", file=sys.stderr)
+            return data
+        for path in missing:
+            part = target / (path.name + ".part")
+            shutil.copy2(path, part)
+            part.replace(target / path.name)
+    return target
+
+
+def _same(original: Path, copy: Path) -> bool:
+    if not copy.exists():
+        return False
+    a, b = original.stat(), copy.stat()
+    return a.st_size == b.st_size and int(a.st_mtime) == int(b.st_mtime)
+
+
+# ------------------------------------------------------------------------------------------------- after the tasks
+
+
+def end(sweep: Sweep, point: Point, job: str, code: int) -> None:
+    """Records how the tasks ended, or has the job queued again if they were only stopped and Slurm itself does not do it."""
+    if code not in STOPPED_CODES:
+        record(sweep.folder, job, code, "" if code else "finished")
+        return
+    if record_of(sweep.folder, job).get("why") == CANCELLED:
+        return
+    state = _ask(["squeue", "--noheader", "--jobs", job, "--format", "%T"])
+    if (
+        state is not None and state != "RUNNING"
+    ):  # cancelled, or being requeued by Slurm: a requeue of ours would undo the one or double the other
+        print(f"cossl sweep: stopped with code {code}, job {job} is {state or 'over'}", file=sys.stderr)
+        return
+    print(f"cossl sweep: stopped with code {code}, queueing job {job} again", file=sys.stderr, flush=True)
+    if _ask(["scontrol", "requeue", job]) is None:
+        record(sweep.folder, job, code, f"stopped, and `scontrol requeue {job}` failed on this node: go on by `cossl sweep retry --lost`")
+
+
+def _ask(command: Sequence[str]) -> str | None:
+    """What the command prints; None, and its error is printed, if it fails three times, five seconds apart."""
+    for attempt in range(3):
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            if done.returncode == 0:
+                return done.stdout.strip()
+            print(f"cossl sweep: {shlex.join(command)}: {done.stderr.strip()}", file=sys.stderr, flush=True)
+        time.sleep(5 * (attempt < 2))
+    return None
+
+
+# ------------------------------------------------------------------------------------------------- the command
+
+
+def main(argv: Sequence[str]) -> int:
+    """begin and end, called by a job's script."""
+    verb, folder, array, *rest = argv
+    require_snapshot(Path(folder))
+    sweep = read_sweep(Path(folder))
+    point, job = point_of(sweep, Path(array)), job_name()
+    verbs: dict[str, Callable[[], str | None]] = {
+        "begin": lambda: begin(sweep, point, job),
+        "end": lambda: end(sweep, point, job, int(rest[0])),
+    }
+    said = verbs[verb]()
+    if said:
+        print(f"cossl sweep: {said}", file=sys.stderr)
+    return NOTHING_TO_DO if said else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
