@@ -28,9 +28,9 @@ from cossl.models.checkpoint import State
 from cossl.models.co_ssl import TARGET_VIEWS, CoSsl, LossConfig, ModelConfig
 from cossl.models.features import features, probes
 from cossl.models.flags import flatten, parse_flags, replace_text
-from cossl.models.launch import any_rank, choose_device, first_rank, join, leave
+from cossl.models.launch import any_rank, choose_device, first_rank, join, leave, say
 from cossl.models.optim import OptimConfig, adjust_gradients_, all_finite, make_optimizer, peak_lr, schedule
-from cossl.models.parallel import ALONE, Ranks, current_ranks, distribute
+from cossl.models.parallel import ALONE, Ranks, distribute
 from cossl.models.probe import OnlineProbe, knn_top1
 from cossl.models.progress import Log, Meter, manual_gc
 from cossl.models.run_status import REQUEUE_EXIT_CODE, has_collapsed
@@ -65,6 +65,8 @@ class Config:
     """Where the run is written; default runs/<preset>-<date>-<time>."""
     resume: bool = False
     """Go on from the last checkpoint in --run-dir, or start there if there is none yet."""
+    lock_wait_s: float = 0
+    """Seconds to wait for a run folder that another process still holds, as a requeued job may find it."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """bf16 autocast, fp16 autocast with a loss scaler (it waits for the device at every step), or float32 (on a GPU with TF32 products)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -100,7 +102,7 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        lows = dict.fromkeys("device_batch_size checkpoint_every keep_every knn_every norm_group seed".split(), 0)
+        lows = dict.fromkeys("device_batch_size checkpoint_every keep_every knn_every norm_group seed lock_wait_s".split(), 0)
         for name, low in (lows | {"epochs": 1, "batch_size": 2, "log_every": 1, "knn_pictures": 2}).items():
             if getattr(self, name) < low:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected {low} or more")
@@ -215,15 +217,9 @@ def open_loaders(config: Config, positions: tuple[PositionSpec, ...], ranks: Ran
 
 EVAL_BATCH = 256  # pictures without a gradient at once
 RESUME_MAY_CHANGE = (
-    "data run_dir resume eval_px knn_every knn_pictures log_every checkpoint_every keep_every recompute loader.workers"
+    "data run_dir resume lock_wait_s eval_px knn_every knn_pictures log_every checkpoint_every keep_every recompute loader.workers"
     " loader.batches_ahead loader.os_cache tracking.tensorboard tracking.wandb tracking.wandb_project"
 ).split()
-
-
-def say(line: str) -> None:
-    """Prints it, once for all ranks."""
-    if current_ranks().rank == 0:
-        print(line, flush=True)
 
 
 def load_checkpoint(run_dir: Path, config: Config, num_samples: int) -> tuple[dict[str, Any], str]:
@@ -408,8 +404,7 @@ def setup(preset: str, config: Config, held: contextlib.ExitStack) -> Ready:
         raise ValueError(f"--device-batch-size {config.device_batch_size} does not divide the {share} pictures of each device")
     if config.norm_group and (not config.sync_norms or ranks.world_size % config.norm_group):
         raise ValueError(f"--norm-group {config.norm_group}: expected 0, or a divisor of the {ranks.world_size} devices and --sync-norms")
-    asked, run_dir = config.resume, first_rank(lambda: run_folder.choose(config.run_dir, config.resume, preset))
-    config = replace(config, resume=asked and first_rank(lambda: checkpoint.exists(run_dir)))
+    first_rank(lambda: run_folder.check(config.run_dir, config.resume))
     networks = {"trained": build(config, device, ranks), "untrained": build(config, device)}
     positions = position_specs(config, networks["trained"])
     if preset == "demo" and config.data is None and config.loader.backend != "synthetic":
@@ -418,20 +413,23 @@ def setup(preset: str, config: Config, held: contextlib.ExitStack) -> Ready:
     for loader in (*loaders[:3], *loaders.sample):
         held.callback(loader.close)
     schedule(config.optim, config.epochs, len(loaders.views), config.batch_size)(0)
-    if config.resume:
-        load_checkpoint(run_dir, config, loaders.views.num_samples)
-    elif asked:
-        say(f"no checkpoint in {run_dir} yet: starting at step 0")
     writers: list[Write] = []
 
-    def take() -> None:
-        held.enter_context(run_folder.lock(run_dir))
-        run_folder.choose(run_dir, asked, preset)  # what was free before the lock may not be now
+    def take() -> tuple[Path, bool]:
+        run_dir = config.run_dir or run_folder.make_default(preset)
+        held.enter_context(run_folder.lock(run_dir, config.lock_wait_s))
+        run_folder.check(run_dir, config.resume)  # what it was before the lock it may not be now
+        known = config.resume and checkpoint.exists(run_dir)
+        if known:
+            load_checkpoint(run_dir, config, loaders.views.num_samples)
         held.enter_context(train_log(run_dir))
         writers.append(held.enter_context(track(run_dir, config.tracking, flatten(config))))
+        return run_dir, known
 
-    first_rank(take)
-    return config, run_dir, device, networks, positions, loaders, writers
+    run_dir, known = first_rank(take)
+    if config.resume and not known:
+        say(f"no checkpoint in {run_dir} yet: starting at step 0")
+    return replace(config, resume=known), run_dir, device, networks, positions, loaders, writers
 
 
 def describe(preset: str, ready: Ready) -> None:

@@ -92,6 +92,12 @@ def first_rank(task: Callable[[], T]) -> T:
     return answer[1]
 
 
+def say(line: str) -> None:
+    """Prints it, once for all ranks."""
+    if current_ranks().rank == 0:
+        print(line, flush=True)
+
+
 def any_rank(flag: bool) -> bool:
     """Whether it is set on any of them: all get the same answer at the same step. Over the hosts, so that no device is waited for."""
     if current_ranks().world_size == 1:

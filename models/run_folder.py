@@ -29,25 +29,36 @@ from cossl.models.run_status import REQUEUE_EXIT_CODE
 # ------------------------------------------------------------------------------------------------- which one
 
 
-def choose(run_dir: Path | None, resume: bool, preset: str) -> Path:
-    """The run's folder, not yet made; default runs/<preset>-<date>-<time>. ValueError if it holds another run, or to resume none.
+def check(run_dir: Path | None, resume: bool) -> None:
+    """ValueError if the folder holds another run, or, to resume, none. None is a default folder, which is yet to be made.
 
     To resume, a folder that is not there yet is right too, and one that a run left before its first checkpoint: a job that may be
     requeued at any moment has one command for its start and for going on.
     """
-    if resume:
-        if run_dir is None:
+    if run_dir is None:
+        if resume:
             raise ValueError("--resume needs --run-dir, the folder of the run to go on with")
+    elif resume:
         if not checkpoint.exists(run_dir) and ((run_dir / "results.json").exists() or any(run_dir.glob("epoch-*.pt"))):
             raise ValueError(f"{run_dir} holds a run without its last checkpoint: copy one of its own to last.pt")
         known = checkpoint.exists(run_dir) or (run_dir / "config.json").exists() or not run_dir.exists()
         if not known and any(path.name not in ("lock", "train.log") for path in run_dir.iterdir()):
             raise ValueError(f"{run_dir} is no run's folder, it has no config.json: give the one of the run to go on with")
-        return run_dir
-    run_dir = run_dir or Path("runs") / f"{preset}-{datetime.now():%Y%m%d-%H%M%S}"
-    if run_dir.exists() and (not run_dir.is_dir() or any(path.name != "lock" for path in run_dir.iterdir())):
+    elif run_dir.exists() and (not run_dir.is_dir() or any(path.name != "lock" for path in run_dir.iterdir())):
         raise ValueError(f"{run_dir} holds something already: go on with it by --resume, or choose another --run-dir")
-    return run_dir
+
+
+def make_default(preset: str) -> Path:
+    """A new folder runs/<preset>-<date>-<time>, or with -2, -3, ... after it for runs that start in the same second."""
+    first = Path("runs") / f"{preset}-{datetime.now():%Y%m%d-%H%M%S}"
+    first.parent.mkdir(exist_ok=True)
+    run_dir, number = first, 1
+    while True:
+        with contextlib.suppress(FileExistsError):
+            run_dir.mkdir()
+            return run_dir
+        number += 1
+        run_dir = first.with_name(f"{first.name}-{number}")
 
 
 def keep_metrics(path: Path, last_step: int) -> None:
@@ -70,8 +81,8 @@ _held: set[int] = set()
 
 
 @contextlib.contextmanager
-def lock(run_dir: Path) -> Iterator[None]:
-    """The folder, made if need be, is this process's alone inside the block. ValueError naming the owner if it is another's.
+def lock(run_dir: Path, wait_s: float = 0) -> Iterator[None]:
+    """The folder, made if need be, is this process's alone inside the block. ValueError naming the owner if it is another's for `wait_s`.
 
     The kernel holds the lock (flock) and drops it when its owner ends, however it ends; the text of `<run_dir>/lock` only says who took it
     last, and stays. Forked loader workers do not inherit it, so they cannot outlive their owner with it. Of several ranks, one takes it.
@@ -85,7 +96,7 @@ def lock(run_dir: Path) -> Iterator[None]:
     file = os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     _held.add(file)
     try:
-        _take(file, run_dir)
+        _take(file, run_dir, wait_s)
         yield
     finally:
         if file in _held:  # not in a forked child
@@ -93,16 +104,29 @@ def lock(run_dir: Path) -> Iterator[None]:
             os.close(file)
 
 
-def _take(file: int, run_dir: Path) -> None:
+def _take(file: int, run_dir: Path, wait_s: float) -> None:
+    until, waiting = time.monotonic() + wait_s, False
+    while not _try(file, run_dir):
+        owner = os.pread(file, 1000, 0).decode(errors="replace").strip() or "another process"
+        left_s = until - time.monotonic()
+        if left_s <= 0:
+            raise ValueError(f"{run_dir} is in use by {owner}: wait for it, stop it, or choose another --run-dir")
+        if not waiting:
+            print(f"{run_dir} is in use by {owner}: waiting up to {wait_s:g} s for it", file=sys.stderr, flush=True)
+        waiting = True
+        time.sleep(min(1, left_s))
+    os.ftruncate(file, 0)
+    os.write(file, f"process {os.getpid()} on {platform.node()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n".encode())
+
+
+def _try(file: int, run_dir: Path) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        owner = os.read(file, 1000).decode(errors="replace").strip() or "another process"
-        raise ValueError(f"{run_dir} is in use by {owner}: wait for it, stop it, or choose another --run-dir") from None
+        return False
     except OSError as error:
         raise OSError(f"{run_dir} cannot be locked ({error.strerror}): choose a --run-dir on a file system that has locks") from error
-    os.ftruncate(file, 0)
-    os.write(file, f"process {os.getpid()} on {platform.node()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n".encode())
+    return True
 
 
 @functools.cache

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +72,113 @@ def test_the_lock_goes_with_its_owner_even_if_a_forked_worker_lives_on(tmp_path:
 
 def test_a_folder_with_nothing_but_a_lock_is_free(tmp_path: Path) -> None:
     with run_folder.lock(tmp_path):
-        assert run_folder.choose(tmp_path, False, "demo") == tmp_path
+        run_folder.check(tmp_path, False)
     (tmp_path / "config.json").touch()
     with pytest.raises(ValueError, match="holds something already"):
-        run_folder.choose(tmp_path, False, "demo")
+        run_folder.check(tmp_path, False)
+
+
+def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    class Now(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> "Now":
+            return cls(2026, 1, 2, 3, 4, 5)
+
+    monkeypatch.setattr(run_folder, "datetime", Now)
+    made = [str(run_folder.make_default("demo")) for _ in range(3)]
+    assert made == ["runs/demo-20260102-030405", "runs/demo-20260102-030405-2", "runs/demo-20260102-030405-3"]
+
+
+# ------------------------------------------------------------------------------------------------- a lock that is waited for
+
+
+def end(process: int) -> None:
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+
+
+def test_a_lock_is_waited_for_and_that_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    owner, _ = hold(tmp_path, heir=False)
+    naps: list[float] = []
+
+    def nap(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 3:
+            end(owner)
+
+    monkeypatch.setattr(time, "sleep", nap)
+    with run_folder.lock(tmp_path, wait_s=60):
+        assert (tmp_path / "lock").read_text().startswith(f"process {os.getpid()} on ")
+        assert (tmp_path / "lock").read_text().count("\n") == 1
+    assert naps == [1, 1, 1]
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"{tmp_path} is in use by process {owner} on " in said
+    assert "waiting up to 60 s" in said
+
+
+def test_patience_ends(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    owner, _ = hold(tmp_path, heir=False)
+    try:
+        with pytest.raises(ValueError, match=rf"is in use by process {owner} on "), run_folder.lock(tmp_path, wait_s=0.02):
+            pass
+    finally:
+        end(owner)
+    assert "waiting" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", run_folder.STOP_SIGNALS)
+def test_a_stop_signal_ends_the_wait(tmp_path: Path, number: signal.Signals) -> None:
+    owner, _ = hold(tmp_path, heir=False)
+    read, write = os.pipe()
+    waiter = os.fork()
+    if waiter == 0:
+        os.dup2(write, 2)
+        sys.stderr = os.fdopen(2, "w")
+        with run_folder.lock(tmp_path, wait_s=600):
+            os._exit(1)
+    assert b"waiting" in os.read(read, 1000)
+    os.kill(waiter, number)
+    assert os.waitstatus_to_exitcode(os.waitpid(waiter, 0)[1]) == -number
+    os.kill(owner, 0)
+    end(owner)
+
+
+@pytest.mark.parametrize("step", [4, 15])
+def test_a_requeued_run_goes_on_from_what_its_dying_predecessor_wrote_last(
+    capsys,
+    finished: Path,  # noqa: F811
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch,
+    step: int,
+) -> None:
+    """It finds the folder locked, without a checkpoint; once it has the lock there is one, perhaps the last, and the results too."""
+    before, run_dir = finished, tmp_path / "run"
+    if step == 4:
+        before, steps, train_step = tmp_path / "before", iter(range(6)), train.step_
+
+        def until_killed(*arguments: Any) -> None:
+            if next(steps, None) is None:
+                raise KeyboardInterrupt
+            train_step(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "step_", until_killed)
+            with pytest.raises(SystemExit, match="130"):
+                run(pictures, before, "--checkpoint-every", "4")
+    owner, _ = hold(run_dir, heir=False)
+
+    def nap(_: float) -> None:
+        shutil.copytree(before, run_dir, dirs_exist_ok=True, ignore=shutil.ignore_patterns("lock"))
+        end(owner)
+
+    monkeypatch.setattr(run_folder.time, "sleep", nap)
+    run(pictures, run_dir, "--resume", "--lock-wait-s", "60")
+    assert f"resumed at step {step} of 15 from last.pt" in capsys.readouterr().out
+    assert_same_run(finished, run_dir)
 
 
 # ------------------------------------------------------------------------------------------------- what it ran on
