@@ -1,7 +1,7 @@
 """The state of a run on disk: whole under some name at every instant, damage found, the one before at hand.
 
-`last.pt` and `previous.pt` are the last two checkpoints, `epoch-0010.pt` and the like are kept for good. `next.pt` exists only between two
-system calls of `save`: left behind by a kill, it is the newest of all.
+`last.pt` and `previous.pt` are the last two checkpoints, `epoch-0010.pt` and the like are kept for good, and gone on from where there is
+nothing better. `next.pt` exists only between two system calls of `save`: left behind by a kill, it is the newest of all.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cossl.models.co_ssl import CoSsl
 from cossl.models.probe import OnlineProbe
-from cossl.models.run_status import CHECKPOINTS
+from cossl.models.run_status import checkpoints
 
 
 @dataclass
@@ -53,15 +53,16 @@ def save(run_dir: str | os.PathLike[str], state: dict[str, Any], keep: int | Non
     keep: an epoch, under whose name (`epoch-0010.pt`) the state is written a second time, never to be replaced by later saves.
 
     A kill or power cut between any two system calls leaves a whole checkpoint under one of the names that `newest` reads, even where
-    `last.pt` was damaged before. Up to three checkpoints need room at once.
+    `last.pt` was damaged before, and no state that was to be kept is among these without being kept. Beside the kept ones up to three
+    checkpoints need room at once.
     """
     run_dir = Path(run_dir)
+    if keep is not None:  # first, as a run that goes on from this state does not come by its epoch again
+        write(run_dir / f"epoch-{keep:04d}.pt", state)  # no link to the last one: `cp` onto `last.pt` would overwrite both
     write(run_dir / "next.pt", state)  # from here on it is the newest, so the others may be moved, whole or not
     if (run_dir / "last.pt").exists():
         _rename(run_dir / "last.pt", run_dir / "previous.pt")
     _rename(run_dir / "next.pt", run_dir / "last.pt")
-    if keep is not None:
-        write(run_dir / f"epoch-{keep:04d}.pt", state)
 
 
 def newest(run_dir: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
@@ -71,25 +72,19 @@ def newest(run_dir: str | os.PathLike[str]) -> tuple[dict[str, Any], str]:
     """
     run_dir = Path(run_dir)
     passed_over: list[str] = []
-    for name in names(run_dir):
+    for name in checkpoints(run_dir):
         try:
             return _read(run_dir / name), ", as ".join([name, *passed_over])
         except ValueError as error:
             passed_over.append(f"{name} {error}")
+    if not passed_over:
+        raise ValueError(f"{run_dir / 'last.pt'} does not exist: there is nothing to resume, start without --resume")
     raise ValueError(f"{run_dir} has no checkpoint that can be read: {', '.join(passed_over)}; copy one from elsewhere, or start a new run")
 
 
 def exists(run_dir: str | os.PathLike[str]) -> bool:
     """Whether there is a checkpoint to go on from, be it whole or not."""
-    return any((Path(run_dir) / name).exists() for name in CHECKPOINTS)
-
-
-def names(run_dir: str | os.PathLike[str]) -> list[str]:
-    """Names of the files from which the run can go on, newest first. ValueError if there is none."""
-    found = [name for name in CHECKPOINTS if (Path(run_dir) / name).exists()]
-    if not found:
-        raise ValueError(f"{Path(run_dir) / 'last.pt'} does not exist: there is nothing to resume, start without --resume")
-    return found
+    return any(checkpoints(Path(run_dir)))
 
 
 def require_config(state: dict[str, Any], config: dict[str, Any], may_change: Collection[str], where: str | os.PathLike[str]) -> None:

@@ -39,8 +39,8 @@ def check(run_dir: Path | None, resume: bool) -> None:
         if resume:
             raise ValueError("--resume needs --run-dir, the folder of the run to go on with")
     elif resume:
-        if not checkpoint.exists(run_dir) and ((run_dir / "results.json").exists() or any(run_dir.glob("epoch-*.pt"))):
-            raise ValueError(f"{run_dir} holds a run without its last checkpoint: copy one of its own to last.pt")
+        if not checkpoint.exists(run_dir) and (run_dir / "results.json").exists():
+            raise ValueError(f"{run_dir} holds a finished run without its checkpoints: put them back, or choose another --run-dir")
         known = checkpoint.exists(run_dir) or (run_dir / "config.json").exists() or not run_dir.exists()
         if not known and any(path.name not in ("lock", "train.log") for path in run_dir.iterdir()):
             raise ValueError(f"{run_dir} is no run's folder, it has no config.json: give the one of the run to go on with")

@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 State = Literal["running", "finished", "collapsed", "failed", "stopped", "no-checkpoint"]
-CHECKPOINTS = ("next.pt", "last.pt", "previous.pt")
-"""What a run goes on from, newest first: see `checkpoint`."""
 FAILED = "failed: "
 """How the last line of train.log begins, after its time, when the run ended by an error."""
 REQUEUE_EXIT_CODE = 85
@@ -55,6 +53,12 @@ class Run:
     """What is damaged, and why it failed."""
 
 
+def checkpoints(run_dir: Path) -> Iterator[str]:
+    """Names of the files from which the run can go on, be they whole or not, newest first: see `checkpoint`."""
+    yield from (name for name in ("next.pt", "last.pt", "previous.pt") if (run_dir / name).exists())
+    yield from sorted((path.name for path in run_dir.glob("epoch-*.pt")), key=lambda name: (len(name), name), reverse=True)
+
+
 def has_collapsed(std: float, rank: float) -> bool:
     """Whether the projections say nothing of their picture any more: all nearly equal, or all on one line."""
     return std < 0.1 or rank < 2
@@ -86,7 +90,7 @@ def read_run(path: Path, name: str, locked: frozenset[int] | None) -> Run:
         run.state = "finished"
     elif end.startswith(FAILED):
         run.state = "failed"
-    elif any((path / name).exists() for name in CHECKPOINTS):
+    elif any(checkpoints(path)):
         run.state = "stopped"
     if run.state not in ("running", "finished") and end.startswith(FAILED):
         run.notes.append(end.removeprefix(FAILED))

@@ -215,6 +215,19 @@ def test_a_damaged_last_gives_way_to_the_one_before_and_says_so(tmp_path: Path) 
     assert "\n" not in str(caught.value)
 
 
+def test_a_run_goes_on_from_a_kept_one_where_there_is_nothing_better(tmp_path: Path) -> None:
+    """As a kill in the first save leaves it, or somebody who made room."""
+    for epoch in (9998, 9999, 10000):
+        checkpoint.save(tmp_path, at(epoch), keep=epoch)
+    damage(tmp_path / "last.pt")
+    (tmp_path / "previous.pt").unlink()
+    assert newest_step(tmp_path) == 10000
+    (tmp_path / "last.pt").unlink()
+    (tmp_path / "epoch-10000.pt").unlink()
+    assert (newest_step(tmp_path), checkpoint.newest(tmp_path)[1]) == (9999, "epoch-9999.pt")
+    assert checkpoint.exists(tmp_path)
+
+
 def test_no_flipped_bit_changes_what_is_read(tmp_path: Path) -> None:
     """Anywhere in the file, zip headers included: found, or without effect."""
     path, rng = tmp_path / "last.pt", random.Random(0)
@@ -254,8 +267,10 @@ def kill_at_call(number: int) -> None:
         setattr(os, name, counted(getattr(os, name)))
 
 
+@pytest.mark.parametrize("keep", [None, 3])
 @pytest.mark.parametrize("last_is_whole", [True, False])
-def test_a_kill_before_any_system_call_leaves_a_whole_checkpoint(tmp_path: Path, last_is_whole: bool) -> None:
+def test_a_kill_before_any_system_call_leaves_a_whole_checkpoint(tmp_path: Path, last_is_whole: bool, keep: int | None) -> None:
+    """And never goes on from a state that was to be kept and is not."""
     start, steps, code = tmp_path / "start", [], -1
     start.mkdir()
     for step in (1, 2):
@@ -264,11 +279,15 @@ def test_a_kill_before_any_system_call_leaves_a_whole_checkpoint(tmp_path: Path,
         damage(start / "last.pt")
     while code:
         run_dir = shutil.copytree(start, tmp_path / str(len(steps)))
-        code = in_child(lambda: (kill_at_call(len(steps)), checkpoint.save(run_dir, at(3))))  # noqa: B023
+        code = in_child(lambda: (kill_at_call(len(steps)), checkpoint.save(run_dir, at(3), keep)))  # noqa: B023
         steps.append(newest_step(run_dir))
+        assert not keep or steps[-1] < 3 or (run_dir / "epoch-0003.pt").exists()
+        if steps[-1] < 3:
+            checkpoint.save(run_dir, at(3), keep)
         checkpoint.save(run_dir, at(4))
         assert newest_step(run_dir) == 4
-        assert sorted(os.listdir(run_dir)) == ["last.pt", "previous.pt"]
+        assert sorted(os.listdir(run_dir)) == [*(["epoch-0003.pt"] if keep else []), "last.pt", "previous.pt"]
+        assert not keep or checkpoint.load(run_dir / "epoch-0003.pt")["step"] == 3
     assert steps == sorted(steps)
     assert set(steps) == {newest_step(start), 3}
     assert len(steps) > 10

@@ -49,6 +49,7 @@ STATES: dict[str, tuple[str, list[str], dict[str, Any]]] = {  # name: state, not
     "finished": ("finished", [], {"results": RESULTS, "checkpoint": "last.pt", "log": LOG + "finished\n"}),
     "stopped": ("stopped", [], {"checkpoint": "last.pt", "log": LOG + "stopped\n"}),
     "killed in its first checkpoint": ("stopped", [], {"checkpoint": "next.pt", "log": LOG + "epoch 3/100\n"}),
+    "made room": ("stopped", [], {"checkpoint": "epoch-0010.pt", "log": LOG + "stopped\n"}),
     "killed": ("stopped", [], {"checkpoint": "previous.pt", "log": LOG + "epoch 3/100\n"}),
     "failed": ("failed", ["RuntimeError: loss"], {"checkpoint": "last.pt", "log": f"{LOG}a\n{LOG}failed: RuntimeError: loss\n"}),
     "failed then resumed and killed": ("stopped", [], {"checkpoint": "last.pt", "log": f"{LOG}failed: x\n{LOG}resumed\n"}),
