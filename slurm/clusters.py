@@ -23,6 +23,15 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Kind = Literal["slurm", "local", "debug"]
+SET_BY_THE_SWEEP = "array output error open-mode signal requeue no-requeue job-name chdir".split()
+HAVE_A_KEY = {name: name for name in ("partition", "account", "qos", "constraint", "nodes")} | {
+    "ntasks-per-node": "tasks_per_node",
+    "cpus-per-task": "cpus_per_task",
+    "gpus-per-node": "gpus_per_node",
+    "mem": "mem_gib",
+    "time": "time_min",
+}
+"""Options of sbatch that would stand in the script twice, or change what the estimate rests on."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,7 @@ class Cluster:
     def __post_init__(self) -> None:
         least = {"nodes": 1, "gpus_per_node": 0, "tasks_per_node": 0, "cpus_per_task": 1, "time_min": 1, "signal_before_end_s": 1}
         for name, low in (least | {"max_array_size": 0, "parallel": 0, "mem_gib": 0}).items():
-            if getattr(self, name) < low:
+            if not getattr(self, name) >= low:  # nan is not
                 raise ValueError(f"cluster {self.name}: {name} = {getattr(self, name)}: expected {low} or more")
         if self.gpus_per_node and self.tasks_per_node not in (0, self.gpus_per_node):
             raise ValueError(
@@ -77,11 +86,15 @@ class Cluster:
             )
         if self.signal_before_end_s >= 60 * self.time_min:
             raise ValueError(
-                f"cluster {self.name}: signal_before_end_s = {self.signal_before_end_s}: expected less than time_min = {self.time_min}"
+                f"cluster {self.name}: signal_before_end_s = {self.signal_before_end_s}: expected less than the {60 * self.time_min} s"
+                f" of time_min = {self.time_min}"
             )
-        own = {"array", "output", "error", "open-mode", "signal", "requeue", "no-requeue", "job-name", "chdir"} & set(self.sbatch)
-        if own:
-            raise ValueError(f"cluster {self.name}: sbatch.{min(own)} is set by the sweep itself: leave it out")
+        for option in self.sbatch:
+            if option.replace("_", "-") in SET_BY_THE_SWEEP:
+                raise ValueError(f"cluster {self.name}: sbatch.{option} is set by the sweep itself: leave it out")
+            if option.replace("_", "-") in HAVE_A_KEY:
+                key = HAVE_A_KEY[option.replace("_", "-")]
+                raise ValueError(f"cluster {self.name}: sbatch.{option} has a key of its own: give {key} beside sbatch")
 
     @property
     def tasks(self) -> int:
@@ -135,8 +148,9 @@ def _cluster(name: str, table: Any, path: Path) -> Cluster:
         if not _fits(value, kinds[key]):
             raise ValueError(f"{path}: [{name}] {key} = {value!r}: expected {_called(kinds[key])}")
     start = replace(BUILT_IN.get(table.get("kind", "slurm"), Cluster()), name=name)
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
     try:
-        return replace(start, **{key: tuple(value) if isinstance(value, list) else value for key, value in table.items()})
+        return replace(start, **values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,9 +58,10 @@ def pictures_of(point: Point) -> int | None:
     data = point.config.get("data")
     manifest = Path(str(data)) / "train.beton.json"
     if data and manifest.exists():
-        rows = json.loads(manifest.read_text()).get("num_rows")
-        if isinstance(rows, int):
-            return rows
+        try:
+            return int(json.loads(manifest.read_text())["num_rows"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{manifest} is no manifest that can be read ({error}): see cossl verify") from None
     return next((count for name, count in PICTURES.items() if point.preset.startswith(name)), None)
 
 
@@ -79,9 +80,7 @@ def table(points: Sequence[Point], states: Mapping[str, str], rate: Rate, gpus: 
     yield f"{'preset':<16}{'setting':<{width}}  {'seeds':<12}{'epochs':>7}{'GPU-hours':>11}  state"
     for (preset, name), group in settings.items():
         hours = [gpu_hours(point, rate) for point in group]
-        counts = defaultdict(int)
-        for point in group:
-            counts[states[point.identity]] += 1
+        counts = Counter(states[point.identity] for point in group)
         seeds, state = ",".join(str(point.seed) for point in group), ", ".join(f"{n} {word}" for word, n in counts.items())
         yield f"{preset:<16}{name:<{width}}  {seeds:<12}{group[0].config['epochs']:>7}{_sum(hours):>11}  {state}"
     every = {point.identity: gpu_hours(point, rate) for point in points}

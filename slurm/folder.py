@@ -37,7 +37,7 @@ class Point(NamedTuple):
     flags: list[str]
     """With which `cossl train PRESET` makes it, run folder aside."""
     config: dict[str, Any]
-    """What its identity is the hash of: the flat config, without what cannot change the result."""
+    """What its identity is the hash of, with the preset: the flat config, without what cannot change the result."""
 
 
 class Job(NamedTuple):
@@ -90,7 +90,7 @@ def read_sweep(folder: Path) -> Sweep:
     try:
         points = [Point(**point) for point in json.loads(path.read_text())["points"]] if path.exists() else []
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is damaged ({error}): submit the grid again to another --folder") from None
+        raise ValueError(f"{path} is damaged ({error}): submit the grid again to another --root") from None
     own, jobs = {point.identity for point in points}, [job for path in folder.parent.glob("*/jobs.jsonl") for job in _jobs(path)]
     return Sweep(folder, points, sorted((job for job in jobs if job.point in own), key=lambda job: job.time))
 
@@ -112,8 +112,10 @@ def add_points(sweep: Sweep, points: Iterable[Point]) -> Sweep:
 
 def record_jobs(folder: Path, jobs: Iterable[Job]) -> None:
     """Appends them to jobs.jsonl, forced to the disk: what is lost here is a job that nobody knows of."""
-    with open(folder / "jobs.jsonl", "a") as file:
-        file.writelines(json.dumps(job._asdict()) + "\n" for job in jobs)
+    path = folder / "jobs.jsonl"
+    cut_off = path.exists() and not path.read_bytes().endswith(b"\n")  # by a death in the middle of a line: the next one is not to join it
+    with open(path, "a") as file:
+        file.write("\n" * cut_off + "".join(json.dumps(job._asdict()) + "\n" for job in jobs))
         file.flush()
         os.fsync(file.fileno())
 

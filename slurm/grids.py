@@ -35,7 +35,7 @@ from cossl.slurm.clusters import read_toml
 from cossl.slurm.folder import Point
 from cossl.train import PRESETS, RESUME_MAY_CHANGE, Config, parse
 
-Changes = Mapping[str, Any]
+Changes = dict[str, Any]
 """{"model.local_head": "mlp3"}: fields of a config by their place, and their values."""
 Grid = Callable[[Config, Sequence[int]], Iterator[tuple[str, Config, int]]]
 
@@ -62,6 +62,8 @@ def excluding(settings: Iterable[Changes], excluded: Iterable[Changes]) -> list[
 def expand(base: Config, seeds: Sequence[int], settings: Iterable[Changes]) -> Iterator[tuple[str, Config, int]]:
     """Each setting with each seed; what it changes is its name, and `base` that of a setting that changes nothing."""
     for changes in settings:
+        if "seed" in changes:
+            raise ValueError("seed is no flag of a grid: give the seeds themselves, --seeds 0 1 2 or seeds = [0, 1, 2]")
         name = ", ".join(f"{key.rpartition('.')[2]} {_word(value)}" for key, value in changes.items()) or "base"
         for seed in seeds:
             yield name, changed(base, {**changes, "seed": seed}), seed
@@ -106,7 +108,7 @@ def ablation_plan(base: Config, seeds: Sequence[int]) -> Iterator[tuple[str, Con
 
 def backbone(base: Config, seeds: Sequence[int]) -> Iterator[tuple[str, Config, int]]:
     """The network of bounded receptive field against torchvision's, which has no MLP after pooling; with and without the local loss."""
-    plain = {"model.backbone": base.model.backbone.removeprefix("rf_"), "model.receptive_field": None, "model.mlp_after_pool": 0}
+    plain: Changes = {"model.backbone": base.model.backbone.removeprefix("rf_"), "model.receptive_field": None, "model.mlp_after_pool": 0}
     weights = {"loss.local_weight": (0.0, base.loss.local_weight)}
     yield from expand(base, seeds, [one | weight for one in ({}, plain) for weight in product(weights)])
 
@@ -151,6 +153,8 @@ SEEDS = (0, 1, 2)
 # ------------------------------------------------------------------------------------------------- points
 
 IDENTITY_IGNORES = set(RESUME_MAY_CHANGE) - {"data", "eval_px"}  # a path is the best name that a set of pictures has
+OF_THE_SWEEP = {"run_dir": "is the point's", "resume": "is always on", "lock_wait_s": "is the job's", "seed": "comes from --seeds"}
+_DEFAULTS = flatten(Config())
 
 
 def points(grid: str, presets: Sequence[str], seeds: Sequence[int], data: Sequence[str], flags: Sequence[str]) -> list[Point]:
@@ -163,6 +167,9 @@ def points(grid: str, presets: Sequence[str], seeds: Sequence[int], data: Sequen
     found = []
     for preset in presets or own_presets:
         _, base = parse([preset, *own_flags, *flags, *_data_flags(preset, presets or own_presets, data)])
+        for flag, why in OF_THE_SWEEP.items():
+            if flatten(base)[flag] != _DEFAULTS[flag]:
+                raise ValueError(f"--{flag.replace('_', '-')} {why} in a sweep: leave it out")
         if base.data is not None:
             base = dataclasses.replace(base, data=base.data.absolute())
         found += [_point(name, preset, config, seed) for name, config, seed in make(base, seeds or own_seeds)]
@@ -186,7 +193,7 @@ def _point(name: str, preset: str, config: Config, seed: int) -> Point:
     counts, start = json.loads(json.dumps(counts)), json.loads(json.dumps(flatten(PRESETS[preset]())))
     described = {key: value for key, value in counts.items() if value != start[key] and key not in ("data", "seed")}
     words = "-".join(f"{key.rpartition('.')[2]}_{value}" for key, value in described.items())
-    identity = config_hash(counts)
+    identity = config_hash({"preset": preset, **counts})
     run = re.sub(r"[^\w.=-]+", "_", f"{preset}-{words}")[:80].rstrip("-_") + f"-seed{seed}-{identity[:8]}"
     return Point(name, preset, seed, identity, run, flags_of(preset, config), counts)
 
@@ -200,13 +207,14 @@ def flags_of(preset: str, config: Config) -> list[str]:
 def _flag(key: str, value: Any) -> list[str]:
     section, _, name = key.replace("_", "-").rpartition(".")
     prefix = f"--{section}." if section else "--"
-    if isinstance(value, bool):
+    if isinstance(value, bool) and isinstance(_DEFAULTS.get(key), bool):  # not what may also be None: that takes True and False
         return [f"{prefix}{'' if value else 'no-'}{name}"]
     return [prefix + name, *([str(one) for one in value] if isinstance(value, list | tuple) else [str(value)])]
 
 
 def _word(value: Any) -> str:
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    """Short, and another one for another value: settings with one name would be taken for seeds of one setting."""
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
 # ------------------------------------------------------------------------------------------------- from a file
@@ -229,17 +237,47 @@ def _grid_of_file(path: Path) -> tuple[Grid, Sequence[str], Sequence[int], list[
     for key, value in table.items():
         if key not in shapes or not isinstance(value, shapes[key]):
             raise ValueError(f"{path}: {key!r} is unknown or of the wrong kind: expected {', '.join(shapes)}, see cossl sweep --help")
-    presets, axes = table.get("presets", ["in1k"]), {**table.get("product", {}), **table.get("zip", {})}
-    if not all(preset in PRESETS for preset in presets) or not all(isinstance(values, list) for values in axes.values()):
-        raise ValueError(f"{path}: expected presets among {', '.join(PRESETS)}, and a list of values for each flag of product and zip")
+    presets, seeds = table.get("presets", ["in1k"]), table.get("seeds", SEEDS)
+    if not presets or not all(isinstance(preset, str) and preset in PRESETS for preset in presets):
+        raise ValueError(f"{path}: expected presets to be a list of some of {', '.join(PRESETS)}")
+    if not seeds or not all(isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in seeds):
+        raise ValueError(f"{path}: expected seeds to be a list of whole numbers, 0 or more")
     if not all(isinstance(changes, dict) for changes in [*table.get("list", []), *table.get("exclude", [])]):
         raise ValueError(f"{path}: expected [[list]] and [[exclude]] to be tables of flags")
-    base_flags = [word for key, value in table.get("base", {}).items() for word in _flag(key, value)]
-    side_by_side = zipped(table["zip"]) if "zip" in table else [{}]
-    crossed = [a | b for a in product(table.get("product", {})) for b in side_by_side] if axes else []
-    settings = excluding([*crossed, *table.get("list", [])], table.get("exclude", []))
-    typed = [_typed([presets[0], *base_flags], changes) for changes in settings or [{}]]
-    return lambda base, seeds: expand(base, seeds, typed), presets, table.get("seeds", SEEDS), base_flags
+    try:
+        base_flags = [word for key, value in _flat(table.get("base", {})).items() for word in _flag(key, value)]
+        typed = [_typed([presets[0], *base_flags], changes) for changes in _settings(table)]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return lambda base, seeds: expand(base, seeds, typed), presets, seeds, base_flags
+
+
+def _settings(table: Mapping[str, Any]) -> list[Changes]:
+    """What a file's product, zip, list and exclude make together; one setting without changes where it has none of the first three."""
+    shapes = {key: _flat(table.get(key, {})) for key in ("product", "zip")}
+    axes = shapes["product"] | shapes["zip"]
+    twice = shapes["product"].keys() & shapes["zip"].keys()
+    if twice or not all(isinstance(values, list) for values in axes.values()):
+        raise ValueError("expected a list of values for each flag of product and zip, and no flag in both")
+    side_by_side = zipped(shapes["zip"]) if shapes["zip"] else [{}]
+    crossed = [a | b for a in product(shapes["product"]) for b in side_by_side] if axes else []
+    listed, excluded = ([_flat(changes) for changes in table.get(key, [])] for key in ("list", "exclude"))
+    for key in (key for changes in excluded for key in changes):
+        if not any(key in changes for changes in [*crossed, *listed]):
+            raise ValueError(f"exclude names {key!r}, which no setting has: expected flags of product, zip and list")
+    found = excluding([*crossed, *listed], excluded)
+    if not found and {"product", "zip", "list"} & table.keys():
+        raise ValueError("no setting is left: product, zip and list are empty, or exclude takes all")
+    return found or [{}]
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"model.local_head": ...}, also of `model.local_head = ...` without quotes, a table in a table to TOML, and of `model.local-head`."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        place = prefix + key.replace("-", "_")
+        flat |= _flat(value, f"{place}.") if isinstance(value, dict) else {place: value}
+    return flat
 
 
 def _typed(base: Sequence[str], changes: Changes) -> Changes:
