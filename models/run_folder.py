@@ -206,7 +206,8 @@ def code_version() -> str:
 def code() -> dict[str, Any]:
     """Commit of the source tree, whether it differs from it (tracked files, new .py files), and the diff, cut after 1 MB.
 
-    commit None where the tree is no git checkout of its own, or git cannot say. As it was when first asked: code is loaded once.
+    Of a snapshot, `<somewhere>/cossl` with this function's answer of then in `<somewhere>/code.json`, it is that answer. commit None where
+    the tree is neither that nor a git checkout of its own, or git cannot say. As it was when first asked: code is loaded once.
     """
     return dict(_code(ROOT))
 
@@ -215,11 +216,19 @@ def code() -> dict[str, Any]:
 def _code(root: Path) -> dict[str, Any]:
     top = _git(root, "rev-parse", "--show-toplevel")
     if top is None or Path(top.strip()).resolve() != root:
-        return {"commit": None, "dirty": None, "diff": None, "new_files": []}
+        return _noted(root.parent / "code.json") or {"commit": None, "dirty": None, "diff": None, "new_files": []}
     commit, diff = (_git(root, "rev-parse", "HEAD") or "").strip(), _git(root, "diff", "--no-ext-diff", "HEAD") or ""
     new_files = (_git(root, "ls-files", "--others", "--exclude-standard", "--", "*.py") or "").splitlines()
     cut = diff if len(diff) <= DIFF_LIMIT else f"{diff[:DIFF_LIMIT]}\n[cut: the diff has {len(diff):,} characters]\n"
     return {"commit": commit, "dirty": bool(diff or new_files), "diff": cut, "new_files": new_files}
+
+
+def _noted(path: Path) -> dict[str, Any] | None:
+    with contextlib.suppress(OSError, ValueError):
+        noted = json.loads(path.read_bytes())
+        if isinstance(noted, dict) and noted.keys() == {"commit", "dirty", "diff", "new_files"}:
+            return noted
+    return None
 
 
 def _git(root: Path, *arguments: str) -> str | None:

@@ -200,29 +200,42 @@ def test_starts_are_listed_and_an_equal_diff_is_not_repeated(tmp_path: Path, mon
 
 
 def test_the_source_is_named_by_commit_and_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, uncached = tmp_path / "cossl", run_folder._code.__wrapped__
+    root.mkdir()
+
     def git(*arguments: str) -> str:
         who = ["-c", "user.name=a", "-c", "user.email=a@b.example"]
-        return subprocess.run(["git", "-C", tmp_path, *who, *arguments], check=True, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(["git", "-C", root, *who, *arguments], check=True, capture_output=True, text=True).stdout.strip()
 
-    def code(root: Path = tmp_path) -> dict[str, Any]:
-        return run_folder._code.__wrapped__(root)
+    def code(where: Path = root) -> dict[str, Any]:
+        return uncached(where)
 
     git("init", "-q")
-    (tmp_path / "train.py").write_text("a = 1\n")
+    (root / "train.py").write_text("a = 1\n")
     git("add", "train.py")
     git("commit", "-qm", "first")
-    (tmp_path / "notes.txt").write_text("no code")
+    (root / "notes.txt").write_text("no code")
     assert code() == {"commit": git("rev-parse", "HEAD"), "dirty": False, "diff": "", "new_files": []}
-    (tmp_path / "new.py").touch()
+    (root / "new.py").touch()
     assert (code()["dirty"], code()["new_files"]) == (True, ["new.py"])
-    (tmp_path / "new.py").unlink()
-    (tmp_path / "train.py").write_text("a = 2\n")
+    (root / "new.py").unlink()
+    (root / "train.py").write_text("a = 2\n")
     assert code()["dirty"]
     assert "-a = 1\n+a = 2\n" in code()["diff"]
     monkeypatch.setattr(run_folder, "DIFF_LIMIT", 10)
     assert code()["diff"].startswith("diff --git\n[cut: the diff has ")
-    (tmp_path / "site").mkdir()
-    assert code(tmp_path / "site")["commit"] is None, "a package inside another's checkout is not of that commit"
+    snapshot = root / "site" / "cossl"
+    snapshot.mkdir(parents=True)
+    assert code(snapshot)["commit"] is None, "a package inside another's checkout is not of that commit"
+    for damaged in ("", "[]", '{"commit": "0"}'):
+        (root / "site" / "code.json").write_text(damaged)
+        assert code(snapshot)["commit"] is None
+    (root / "site" / "code.json").write_text(json.dumps(code()))
+    assert code(snapshot) == code(), "a snapshot is of the commit that it was taken from"
+    monkeypatch.setattr(run_folder, "_code", lambda root: code(snapshot))
+    assert run_folder.code_version().endswith(f"+g{git('rev-parse', 'HEAD')[:12]}.dirty")
+    (tmp_path / "code.json").write_text(json.dumps(code() | {"commit": "0"}))
+    assert code()["commit"] == git("rev-parse", "HEAD"), "a checkout speaks for itself"
 
 
 # ------------------------------------------------------------------------------------------------- when it should stop
