@@ -267,14 +267,15 @@ class StopRequest:
 
     The training loop asks between two steps, writes a checkpoint and leaves. A second signal changes nothing: only SIGKILL, or Ctrl-C,
     ends the step. At the end of the block the handlers of before are back, and those written in Python are then called for the signals
-    that came: not earlier, because submitit's (SIGUSR2) requeues and exits on the spot, before there is a checkpoint. A signal whose
-    handler was set in C is left to it, since Python could not put it back.
+    that came: not earlier, because submitit's (SIGUSR2) requeues and exits on the spot, before there is a checkpoint. One that came after
+    the last question and had no handler ends the process then, unless it is leaving by an exception anyway. A signal whose handler was set
+    in C is left to it, since Python could not put it back.
 
     Main thread only (ValueError otherwise). Trap: ranks are told at different steps and must agree on one (all-reduce the flag).
     """
 
     def __init__(self, at: float | None = None):
-        self.at, self.reason = at, ""
+        self.at, self.reason, self._told = at, "", False
         self._before: dict[signal.Signals, Any] = {}
         self._came: list[int] = []
 
@@ -291,13 +292,17 @@ class StopRequest:
     def __bool__(self) -> bool:
         if not self.reason and self.at is not None and time.time() >= self.at:
             self.reason = "the job's time limit"
-        return bool(self.reason)
+        self._told = bool(self.reason)
+        return self._told
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        for number, handler in self._before.items():
-            if number in self._came and callable(handler):
+        came = {number: handler for number, handler in self._before.items() if number in self._came}
+        for number in (number for number, handler in came.items() if callable(handler)):
+            signal.raise_signal(number)
+        for number in (number for number, handler in came.items() if handler == signal.SIG_DFL):
+            if not self._told and error is None:
                 signal.raise_signal(number)
 
 

@@ -271,9 +271,40 @@ def test_default_and_ignored_signals_only_set_the_flag(heard: list[int]) -> None
     with run_folder.StopRequest() as stop:
         signal.raise_signal(signal.SIGUSR1)
         signal.raise_signal(signal.SIGTERM)
+        assert stop
     assert stop.reason == "SIGUSR1"
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
+
+
+@pytest.mark.parametrize(
+    ("told", "error", "code"),
+    [
+        (False, None, -signal.SIGTERM),  # it came after the last question
+        (True, None, 0),
+        (True, SystemExit(REQUEUE_EXIT_CODE), REQUEUE_EXIT_CODE),
+        (False, SystemExit(REQUEUE_EXIT_CODE), REQUEUE_EXIT_CODE),  # another rank was told
+        (False, RuntimeError("loss"), 1),
+    ],
+)
+def test_a_signal_without_a_handler_is_lost_only_on_a_process_that_is_leaving(told: bool, error: BaseException | None, code: int) -> None:
+    child = os.fork()
+    if child == 0:
+        end_with = 1
+        try:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            with run_folder.StopRequest() as stop:
+                assert not stop
+                signal.raise_signal(signal.SIGTERM)
+                assert not told or stop
+                if error is not None:
+                    raise error
+            end_with = 0
+        except SystemExit as left:
+            end_with = int(left.code or 0)
+        finally:
+            os._exit(end_with)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
 
 
 def test_the_time_limit_of_the_job_is_a_request_too(monkeypatch: pytest.MonkeyPatch) -> None:
