@@ -16,7 +16,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,8 +91,13 @@ def read_sweep(folder: Path) -> Sweep:
         points = [Point(**point) for point in json.loads(path.read_text())["points"]] if path.exists() else []
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged ({error}): submit the grid again to another --root") from None
+    return sweep_of(folder, points)
+
+
+def sweep_of(folder: Path, points: Sequence[Point]) -> Sweep:
+    """The sweep as if it had these points: with all jobs of theirs, other grids' too."""
     own, jobs = {point.identity for point in points}, [job for path in folder.parent.glob("*/jobs.jsonl") for job in _jobs(path)]
-    return Sweep(folder, points, sorted((job for job in jobs if job.point in own), key=lambda job: job.time))
+    return Sweep(folder, list(points), sorted((job for job in jobs if job.point in own), key=lambda job: job.time))
 
 
 def _jobs(path: Path) -> Iterator[Job]:
@@ -102,12 +107,13 @@ def _jobs(path: Path) -> Iterator[Job]:
 
 
 def add_points(sweep: Sweep, points: Iterable[Point]) -> Sweep:
-    """The sweep with these too, on disk: those that it has already stay as they are."""
-    known = {point.identity: point for point in sweep.points}
-    merged = [*sweep.points, *(point for point in points if point.identity not in known)]
+    """The sweep with these too, on disk, where those that it has already stay as they are; and with all that others have done by now."""
+    there = read_sweep(sweep.folder).points
+    known = {point.identity for point in there}
+    merged = [*there, *(point for point in points if point.identity not in known)]
     sweep.folder.mkdir(parents=True, exist_ok=True)
     replace_text(sweep.folder / "sweep.json", json.dumps({"points": [point._asdict() for point in merged]}, indent=1))
-    return sweep._replace(points=merged)
+    return sweep_of(sweep.folder, merged)
 
 
 def record_jobs(folder: Path, jobs: Iterable[Job]) -> None:

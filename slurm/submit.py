@@ -58,8 +58,10 @@ def snapshot(folder: Path, root: Path = ROOT) -> str:
     part.chmod(0o755)
     try:
         part.rename(target)
-    except OSError:  # another submitter was quicker
+    except OSError:
         shutil.rmtree(part)
+        if not target.exists():
+            raise  # else another submitter was quicker
     return name
 
 
@@ -86,7 +88,12 @@ def script_lines(sweep: Sweep, cluster: Cluster, code_name: str, array: Path) ->
 def sbatch_parameters(sweep: Sweep, cluster: Cluster, code_name: str, array: Path, parallel: int) -> dict[str, Any]:
     """What submitit makes the script of."""
     before, after = script_lines(sweep, cluster, code_name, array)
-    given = {"partition": cluster.partition, "account": cluster.account, "qos": cluster.qos, "constraint": cluster.constraint}
+    given: dict[str, str | int] = {
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "constraint": cluster.constraint,
+    }
     gpus = f"{cluster.gpu}:{cluster.gpus_per_node}" if cluster.gpu else cluster.gpus_per_node
     given |= {"gpus_per_node": gpus if cluster.gpus_per_node else "", "mem": f"{cluster.mem_gib * 1024:.0f}M" if cluster.mem_gib else ""}
     return {
@@ -216,7 +223,9 @@ def run_local(sweep: Sweep, points: Sequence[Point], cluster: Cluster, parallel:
                 process, job = _start(sweep, queue.pop(0), cluster, source, slot, gpus)
                 running[process] = job
             if stopped and not told:
-                told = [process.send_signal(signal.SIGTERM) for process in running]
+                told.append(None)
+                for process in running:
+                    process.send_signal(signal.SIGTERM)
             time.sleep(0.2)
             for process in [process for process in running if process.poll() is not None]:
                 job = running.pop(process)

@@ -34,7 +34,7 @@ import tyro
 from cossl.models.flags import parse_flags
 from cossl.slurm import status
 from cossl.slurm.clusters import Cluster, load_cluster
-from cossl.slurm.folder import Point, Sweep, add_points, held, read_sweep
+from cossl.slurm.folder import Point, Sweep, add_points, held, read_sweep, sweep_of
 from cossl.slurm.point import CANCELLED, record
 
 Name = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="GRID")]
@@ -107,7 +107,7 @@ def plan(argv: Sequence[str]) -> None:
 
     args, cluster, sweep, points = planned("plan", argv)
     rate = estimate.rate_of(cluster.gpu, args.images_per_s, args.bench)
-    standing = {one.point.identity: one.state for one in status.standings(sweep._replace(points=points))}
+    standing = {one.point.identity: one.state for one in status.standings(sweep_of(sweep.folder, points))}
     say("\n".join(estimate.table(points, standing, rate, max(1, cluster.gpus))))
     waiting = sum(state in ("new", "cancelled") for state in standing.values())
     if cluster.kind == "slurm":
@@ -238,8 +238,9 @@ def retry(argv: Sequence[str]) -> None:
     if not wanted:
         raise ValueError("retry what? Give --failed, --lost, or both")
     chosen: dict[str, list[Point]] = {}
-    sweep = opened(args.root, args.grid)
+    opened(args.root, args.grid)
     with held(args.root.absolute()):
+        sweep = opened(args.root, args.grid)  # as it is now: what another retry has submitted meanwhile is not lost any more
         again = [one for one in status.standings(sweep) if one.state in wanted]
         if any(one.state == "lost" for one in again):  # Slurm calls a job NODE_FAIL for a second before it queues it again
             time.sleep(LOOK_AGAIN_S)

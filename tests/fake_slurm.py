@@ -1,0 +1,84 @@
+"""Stand-ins for Slurm's commands: shell scripts on PATH that write down how they were called and say what a test told them to."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from cossl.slurm.folder import Point, Sweep, add_points, read_sweep
+
+ANSWER = """#!/bin/sh
+echo "{name} $*" >> '{folder}/calls'
+env > '{folder}/{name}.env'
+[ -f '{folder}/{name}.err' ] && cat '{folder}/{name}.err' >&2
+[ -f '{folder}/{name}.out' ] && cat '{folder}/{name}.out'
+exit "$(cat '{folder}/{name}.code' 2> /dev/null || echo 0)"
+"""
+SBATCH = """#!/bin/sh
+echo "sbatch $*" >> '{folder}/calls'
+env > '{folder}/sbatch.env'
+number=$(($(cat '{folder}/number' 2> /dev/null || echo 100) + 1))
+echo $number > '{folder}/number'
+if [ -f '{folder}/refuse' ] && [ $number -ge "$(cat '{folder}/refuse')" ]; then
+    echo 'sbatch: error: QOSMaxSubmitJobPerUserLimit' >&2
+    echo 'sbatch: error: Batch job submission failed' >&2
+    exit 1
+fi
+cp "$1" '{folder}/'$number.sh
+echo "Submitted batch job $number"
+"""
+
+
+class FakeSlurm:
+    """squeue, sacct, scontrol, scancel, srun, sbatch; each says nothing and ends with 0 until told otherwise. sbatch counts from 101."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
+        self.folder = folder
+        (folder / "bin").mkdir(parents=True)
+        for name in ("squeue", "sacct", "scontrol", "scancel", "srun", "sbatch"):
+            path = folder / "bin" / name
+            path.write_text((SBATCH if name == "sbatch" else ANSWER).format(name=name, folder=folder))
+            path.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
+
+    def says(self, name: str, out: str = "", code: int = 0, err: str = "") -> None:
+        """What a command prints from now on, and its exit code."""
+        for what, text in (("out", out), ("code", str(code)), ("err", err)):
+            (self.folder / f"{name}.{what}").write_text(text)
+
+    def remove(self, name: str) -> None:
+        """As on a machine that does not have it."""
+        (self.folder / "bin" / name).unlink()
+        assert shutil.which(name) is None, f"these tests need a machine without {name}, or one with it elsewhere on PATH"
+
+    def refuse_from(self, number: int) -> None:
+        """sbatch refuses that job and the ones after it."""
+        (self.folder / "refuse").write_text(str(number))
+
+    def calls(self, name: str = "") -> list[str]:
+        """Command lines so far, of one command or of all."""
+        path = self.folder / "calls"
+        return [line for line in (path.read_text().splitlines() if path.exists() else []) if line.startswith(name)]
+
+    def environment(self, name: str) -> dict[str, str]:
+        """Of the last call."""
+        pairs = (line.partition("=") for line in (self.folder / f"{name}.env").read_text().splitlines())
+        return {key: value for key, _, value in pairs}
+
+    def script(self, number: int) -> str:
+        """What sbatch was given as that job."""
+        return (self.folder / f"{number}.sh").read_text()
+
+
+def some(count: int) -> list[Point]:
+    """Points that nothing can be trained from."""
+    identities = [f"{i:016x}" for i in range(count)]
+    return [Point(f"setting {i}", "in1k", i, one, f"in1k-{one[-4:]}", [], {"data": None, "seed": i}) for i, one in enumerate(identities)]
+
+
+def made(tmp_path: Path, count: int) -> Sweep:
+    """A sweep of so many of them, on disk."""
+    return add_points(read_sweep(tmp_path / "sweeps" / "heads"), some(count))
