@@ -474,13 +474,14 @@ def run(preset: str, ready: Ready) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """`cossl train PRESET [flags]`. A user's mistake ends in one line and exit code 2, a request to stop in code 85."""
     with contextlib.ExitStack() as held:
+        preset = ""
         try:
             preset, config = parse(sys.argv[1:] if argv is None else argv)
             ready = setup(preset, config, held)
         except (BrokenPipeError, KeyboardInterrupt) as error:  # `cossl train demo --help | head`
             raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 1) from None
         except (ValueError, OSError, ImportError) as error:
-            print(f"cossl train: {error}", file=sys.stderr)
+            (print if preset else say)(f"cossl train: {error}", file=sys.stderr)  # a flag is wrong on all ranks, a path perhaps on one
             raise SystemExit(2) from None
         try:
             run(preset, ready)

@@ -4,7 +4,7 @@ import os
 import re
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import torch
 from torch import distributed
@@ -92,10 +92,10 @@ def first_rank(task: Callable[[], T]) -> T:
     return answer[1]
 
 
-def say(line: str) -> None:
-    """Prints it, once for all ranks."""
-    if current_ranks().rank == 0:
-        print(line, flush=True)
+def say(line: str, file: TextIO | None = None) -> None:
+    """Prints it, on stdout unless told otherwise, once for all ranks: they know theirs before they meet."""
+    if int(_environment().get("RANK", 0)) == 0:
+        print(line, file=file, flush=True)
 
 
 def any_rank(flag: bool) -> bool:

@@ -93,6 +93,19 @@ def test_a_mistake_on_the_first_rank_is_said_once(pictures: Path, tmp_path: Path
     assert "cossl train:" not in second[2]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("slurm", [True, False])
+def test_a_wrong_flag_is_said_by_the_first_rank_alone(monkeypatch: pytest.MonkeyPatch, capsys, slurm: bool, rank: int) -> None:
+    step = {"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1", "SLURM_PROCID": str(rank)}
+    for name, value in (step if slurm else {"RANK": str(rank), "WORLD_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
+    for flags in (["dmeo"], ["demo", "--epohcs", "3"], ["demo", "--epochs", "0"]):
+        with pytest.raises(SystemExit) as stop:
+            train.main(flags)
+        assert stop.value.code == 2
+        assert capsys.readouterr().err.count("cossl train: ") == 1 - rank
+
+
 @pytest.mark.parametrize(
     ("nodes", "host"),
     [("gpu7", "gpu7"), ("gpu[007-012,20],login1", "gpu007"), ("a-1.b,c[1-2]", "a-1.b"), ("n[3,5]-ib", "n3-ib")],
