@@ -220,8 +220,8 @@ def test_values_that_would_be_called_alike_are_not(tmp_path: Path) -> None:
     values: list[Any] = [None, "none", 1, 1.0, 0.1234567, 0.1234568, True, [1, 2]]
     collected = collect(sweep_of(tmp_path, *(point({"optim.x": value}) for value in values)))
     assert len({setting.words for setting in collected.settings}) == len(values)
-    points = (point({"optim.x": value}) for value in (0.25, 0.1234567, 0.1234568))
-    assert [setting.words for setting in collect(sweep_of(tmp_path, *points)).settings] == [("0.1234567",), ("0.1234568",), ("0.25",)]
+    points = [point({"optim.x": value}) for value in (0.25, 0.1234567)]
+    assert [setting.words for setting in collect(sweep_of(tmp_path, *points)).settings] == [("0.1234567",), ("0.25",)]
 
 
 def test_a_seed_counts_once_so_other_pictures_are_another_setting(tmp_path: Path) -> None:

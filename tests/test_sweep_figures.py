@@ -81,10 +81,8 @@ def test_the_untrained_network_is_drawn_where_it_is_near_and_told_where_it_is_no
     assert drawn[-1].get_legend().get_texts()[-1].get_text() == "untrained network, 20.5:\nbelow what is shown"
 
 
-def test_speed_names_every_point_and_no_name_covers_another(crossed: Collected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speed_names_every_point(crossed: Collected, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = axes_of(monkeypatch)
-    from matplotlib.text import Text
-
     draw_speed(crossed, tmp_path / "speed.png")
     for axes, preset in zip(drawn, crossed.presets, strict=True):
         settings = [setting for setting in crossed.of(preset) if setting.done]
@@ -94,9 +92,21 @@ def test_speed_names_every_point_and_no_name_covers_another(crossed: Collected, 
         assert named["conv1x1, 0.2"] == (2000.0, 40.5)
         assert named["mlp2, 0.8 (1 of 2)"] == (2001.0, 50.0)
         assert len(named) == len(settings) == 11
-        heights = sorted((Text.get_window_extent(text) for text in axes.texts), key=lambda box: box.y0)
-        assert all(low.y1 <= high.y0 for low, high in itertools.pairwise(heights))
         assert min(text.get_fontsize() for text in axes.texts) >= 9
+
+
+@pytest.mark.parametrize("settings", [2, 12, 24])
+def test_no_name_covers_another_where_all_points_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: int) -> None:
+    drawn = axes_of(monkeypatch)
+    from matplotlib.text import Text
+
+    sweep = sweep_of(tmp_path, *(point({"optim.x": i}) for i in range(settings)))
+    for i, one in enumerate(sweep.points):
+        finish(sweep, one, results(50.0 + i / 1000))
+    draw_speed(collect(sweep), tmp_path / "speed.png")
+    boxes = sorted((Text.get_window_extent(text) for text in drawn[0].texts), key=lambda box: box.y0)
+    assert len(boxes) == settings
+    assert all(low.y1 <= high.y0 for low, high in itertools.pairwise(boxes))
 
 
 def test_of_many_settings_the_best_are_named_and_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
