@@ -77,7 +77,7 @@ def standings(sweep: Sweep) -> list[Standing]:
 def _judge(one: Standing, job: Job, sweep: Sweep, queue: Queue, history: dict[str, str]) -> None:
     """Sets state and detail of a point that was submitted, is not done, and holds no lock that can be seen from here."""
     state, reason = queue.states.get(job.job, ("", ""))
-    if job.is_local and _alive(int(job.job.split("-")[1])):
+    if job.is_local and is_sweeping(int(job.job.split("-")[1])):
         one.state, one.detail = "pending", "starting"
     elif queue.error and not job.is_local:
         one.state, one.detail = "unknown", queue.error
@@ -123,7 +123,7 @@ def tail(path: Path, most_bytes: int = 16_384) -> str:
         return ""
 
 
-def _alive(pid: int) -> bool:
+def is_sweeping(pid: int) -> bool:
     """Whether a process of that number runs here, which a sweep on this machine belongs to."""
     try:
         return b"sweep" in Path(f"/proc/{pid}/cmdline").read_bytes()

@@ -280,7 +280,10 @@ def cancel(argv: Sequence[str]) -> None:
     for job in jobs:
         record(sweep.folder, job.job, None, CANCELLED)  # first: a job that is queued again in this moment does not start
     for pid in {int(job.job.split("-")[1]) for job in jobs if job.is_local}:
-        os.kill(pid, signal.SIGTERM)
+        if status.is_sweeping(pid):
+            os.kill(pid, signal.SIGTERM)
+        else:
+            say(f"process {pid}, which started some of them, is not on this machine or no more: they go on, their lock files name them")
     at_slurm = [job.job for job in jobs if not job.is_local]
     for first in range(0, len(at_slurm), 500):
         done = subprocess.run(["scancel", *at_slurm[first : first + 500]], capture_output=True, text=True, timeout=120)
@@ -309,7 +312,9 @@ def logs(argv: Sequence[str]) -> None:
     found = [point for point in sweep.points if args.point in f"{point.name}, seed {point.seed} | {point.run} | {point.identity}"]
     if len(found) != 1:
         some = "; ".join(point.run for point in (found or sweep.points)[:6])
-        raise ValueError(f"{len(found)} points have {args.point!r} in name, run folder or identity: {some}{', ...' * (len(found) > 6)}")
+        raise ValueError(
+            f"{len(found)} points have {args.point!r} in name, run folder or identity: {some}{', ...' * (len(found or sweep.points) > 6)}"
+        )
     (one,) = status.standings(sweep._replace(points=found))
     files = [sweep.run_dir(one.point) / "train.log", *([one.log, one.log.with_suffix(".err")] if one.log else [])]
     for path in files:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from cossl.slurm.folder import Point, Sweep, add_points, read_sweep
+from cossl.slurm import sweep
+from cossl.slurm.folder import Job, Point, Sweep, add_points, read_sweep, record_jobs
 
+LOG = "2026-01-01 12:00:00  "
+RESULTS = {"linear_top1": {"trained": 70.25}, "knn_top1": {"trained": 60.5}, "collapsed": False}
+METRICS = {"step": 500, "epoch": 50.0, "images_per_s": 2700.0}
 ANSWER = """#!/bin/sh
 echo "{name} $*" >> '{folder}/calls'
 env > '{folder}/{name}.env'
@@ -82,3 +89,38 @@ def some(count: int) -> list[Point]:
 def made(tmp_path: Path, count: int) -> Sweep:
     """A sweep of so many of them, on disk."""
     return add_points(read_sweep(tmp_path / "sweeps" / "heads"), some(count))
+
+
+def submitted(own: Sweep, jobs: list[str], grid: str = "") -> Sweep:
+    """The points, or the first of them, with these jobs."""
+    logs = [f"logs/{job.partition('_')[0]}/{job}_0_log.out" for job in jobs]
+    lines = [
+        Job(point.identity, job, grid or own.grid, "ours", "0" * 12, log, time.time())
+        for point, job, log in zip(own.points, jobs, logs, strict=False)
+    ]
+    record_jobs(own.folder.parent / (grid or own.grid), lines)
+    return read_sweep(own.folder)
+
+
+def run_of(own: Sweep, point: Point, **files: Any) -> Path:
+    """The run folder of a point: config, results, metrics as JSON; log as the text of train.log."""
+    path = own.run_dir(point)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps({"preset": "in1k", "epochs": 100, "batch_size": 4096} | point.config))
+    names = {"config": "config.json", "results": "results.json", "metrics": "metrics.jsonl", "log": "train.log"}
+    for key, value in files.items():
+        (path / names[key]).write_text(value if isinstance(value, str) else json.dumps(value) + "\n")
+    return path
+
+
+def errors(own: Sweep, job: str, task: int, text: str) -> None:
+    """What a task of a job has printed as errors."""
+    path = own.folder / "logs" / job.partition("_")[0] / f"{job}_{task}_log.err"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def shown(own: Sweep, capsys: pytest.CaptureFixture[str], *flags: str, verb: str = "status") -> str:
+    """What the command prints."""
+    sweep.main([verb, own.grid, *flags, "--root", str(own.folder.parent)])
+    return capsys.readouterr().out
