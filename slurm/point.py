@@ -98,8 +98,11 @@ def begin(sweep: Sweep, point: Point, job: str) -> str:
 
 
 def _progress(run_dir: Path) -> str:
-    times = [path.stat().st_mtime_ns for path in (run_dir / "next.pt", run_dir / "last.pt") if path.exists()]
-    return str(max(times, default=0))
+    times = [0]
+    for name in ("next.pt", "last.pt"):
+        with contextlib.suppress(FileNotFoundError):  # renamed in this moment by a predecessor that still dies
+            times.append((run_dir / name).stat().st_mtime_ns)
+    return str(max(times))
 
 
 # ------------------------------------------------------------------------------------------------- a task
@@ -147,6 +150,9 @@ def staged(data: Path, scratch: Path) -> Path:
     betons = sorted(path for path in data.iterdir() if path.is_file()) if (data / "train.beton").exists() else []
     if not betons:
         return data
+    if not scratch.is_absolute():  # else it would be a folder beside the code, on the shared disk
+        print(f"cossl sweep: scratch {scratch}: no absolute path, or a variable that this node has not: reading {data}", file=sys.stderr)
+        return data
     name = "-".join(data.absolute().parts[1:])
     target = scratch / f"cossl-{os.getuid()}" / name
     target.mkdir(parents=True, exist_ok=True)
@@ -159,7 +165,12 @@ def staged(data: Path, scratch: Path) -> Path:
             return data
         for path in missing:
             part = target / (path.name + ".part")
-            shutil.copy2(path, part)
+            try:
+                shutil.copy2(path, part)
+            except OSError as error:  # another job has filled the disk meanwhile
+                part.unlink(missing_ok=True)
+                print(f"cossl sweep: {target}: {error.strerror}: reading {data}", file=sys.stderr)
+                return data
             part.replace(target / path.name)
     return target
 

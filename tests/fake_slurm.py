@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ LOG = "2026-01-01 12:00:00  "
 RESULTS = {"linear_top1": {"trained": 70.25}, "knn_top1": {"trained": 60.5}, "collapsed": False}
 METRICS = {"step": 500, "epoch": 50.0, "images_per_s": 2700.0}
 ANSWER = """#!/bin/sh
+PATH=$PATH:/usr/bin:/bin
 echo "{name} $*" >> '{folder}/calls'
 env > '{folder}/{name}.env'
 [ -f '{folder}/{name}.err' ] && cat '{folder}/{name}.err' >&2
@@ -25,6 +25,7 @@ env > '{folder}/{name}.env'
 exit "$(cat '{folder}/{name}.code' 2> /dev/null || echo 0)"
 """
 SBATCH = """#!/bin/sh
+PATH=$PATH:/usr/bin:/bin
 echo "sbatch $*" >> '{folder}/calls'
 env > '{folder}/sbatch.env'
 number=$(($(cat '{folder}/number' 2> /dev/null || echo 100) + 1))
@@ -43,7 +44,7 @@ class FakeSlurm:
     """squeue, sacct, scontrol, scancel, srun, sbatch; each says nothing and ends with 0 until told otherwise. sbatch counts from 101."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
-        self.folder = folder
+        self.folder, self.monkeypatch = folder, monkeypatch
         (folder / "bin").mkdir(parents=True)
         for name in ("squeue", "sacct", "scontrol", "scancel", "srun", "sbatch"):
             path = folder / "bin" / name
@@ -57,9 +58,9 @@ class FakeSlurm:
             (self.folder / f"{name}.{what}").write_text(text)
 
     def remove(self, name: str) -> None:
-        """As on a machine that does not have it."""
+        """As on a machine that does not have it: from now on the others are all that is on PATH."""
         (self.folder / "bin" / name).unlink()
-        assert shutil.which(name) is None, f"these tests need a machine without {name}, or one with it elsewhere on PATH"
+        self.monkeypatch.setenv("PATH", str(self.folder / "bin"))
 
     def refuse_from(self, number: int) -> None:
         """sbatch refuses that job and the ones after it."""

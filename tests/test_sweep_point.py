@@ -1,0 +1,373 @@
+"""What a job does for its point: whether it begins, betons on the node's disk, how it ends, and from which source."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from fake_slurm import RESULTS, FakeSlurm, made, run_of
+
+from cossl.models.run_status import REQUEUE_EXIT_CODE
+from cossl.slurm import point as at_point
+from cossl.slurm.folder import Sweep, add_points, read_sweep
+from cossl.slurm.point import CANCELLED, MOST_STARTS, begin, end, record, record_of, staged, trainer
+from cossl.slurm.submit import snapshot
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweep:
+    for name in [name for name in os.environ if name.startswith("SLURM")]:
+        monkeypatch.delenv(name)
+    return made(tmp_path, 3)
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    return FakeSlurm(tmp_path / "fake", monkeypatch)
+
+
+# ------------------------------------------------------------------------------------------------- which job, which point
+
+
+def test_the_job_and_its_point(own: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "array.json").write_text(json.dumps([point.identity for point in reversed(own.points)]))
+    with pytest.raises(ValueError, match=r"^not in a SLURM job: this is what a sweep's jobs call$"):
+        at_point.job_name()
+    monkeypatch.setenv("SLURM_JOB_ID", "9")
+    assert (at_point.job_name(), at_point.point_of(own, tmp_path / "array.json")) == ("9", own.points[2])
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    assert (at_point.job_name(), at_point.point_of(own, tmp_path / "array.json")) == ("7_2", own.points[0])
+
+
+def test_a_record_that_cannot_be_read_is_none(own: Sweep) -> None:
+    assert record_of(own.folder, "7_0") == {}
+    record(own.folder, "7_0", 3, "why")
+    assert record_of(own.folder, "7_0") == {"code": 3, "why": "why"}
+    for text in ("", "{", "[]"):
+        (own.folder / "exits" / "7_0").write_text(text)
+        assert record_of(own.folder, "7_0") == {}
+
+
+# ------------------------------------------------------------------------------------------------- begin
+
+
+def test_a_point_that_is_done_is_not_started_again(own: Sweep) -> None:
+    point = own.points[0]
+    run_of(own, point, results=RESULTS)
+    assert begin(own, point, "7_0") == f"{point.run} is done already"
+    assert record_of(own.folder, "7_0") == {"code": 0, "why": "was done already"}
+    assert begin(own, own.points[1], "7_1") == ""
+
+
+def test_a_cancelled_job_that_is_queued_again_does_not_start(own: Sweep) -> None:
+    record(own.folder, "7_0", None, CANCELLED)
+    assert begin(own, own.points[0], "7_0") == "the sweep was cancelled"
+    assert record_of(own.folder, "7_0")["why"] == CANCELLED
+    assert begin(own, own.points[0], "8_0") == ""
+
+
+def test_what_an_earlier_attempt_recorded_is_taken_back(own: Sweep) -> None:
+    record(own.folder, "7_0", 137, "")
+    record(own.folder, "7_1", 1, "another's")
+    assert begin(own, own.points[0], "7_0") == ""
+    assert record_of(own.folder, "7_0") == {}
+    assert record_of(own.folder, "7_1") == {"code": 1, "why": "another's"}
+
+
+def test_a_job_that_comes_no_further_is_given_up(own: Sweep) -> None:
+    for _ in range(MOST_STARTS):
+        assert begin(own, own.points[0], "7_0") == ""
+    said = begin(own, own.points[0], "7_0")
+    assert said == f"gave up: {MOST_STARTS} starts of job 7_0 in a row without a new checkpoint"
+    assert record_of(own.folder, "7_0") == {"code": 1, "why": said}
+    assert begin(own, own.points[0], "7_0") == said
+    assert begin(own, own.points[0], "8_0") == ""  # a retry
+    assert begin(own, own.points[1], "7_1") == ""
+
+
+@pytest.mark.parametrize("name", ["last.pt", "next.pt"])
+def test_a_job_with_a_newer_checkpoint_starts_as_often_as_it_likes(own: Sweep, name: str) -> None:
+    checkpoint = run_of(own, own.points[0]) / name
+    for start in range(4 * MOST_STARTS):
+        if start % (MOST_STARTS - 1) == 0:
+            checkpoint.touch()
+            os.utime(checkpoint, ns=(10**18 + start, 10**18 + start))
+        assert begin(own, own.points[0], "7_0") == ""
+    for _ in range(MOST_STARTS - 4):
+        assert begin(own, own.points[0], "7_0") == ""
+    assert begin(own, own.points[0], "7_0").startswith("gave up")
+
+
+def test_a_checkpoint_that_is_renamed_in_this_moment_is_no_error(own: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda self: self.suffix == ".pt" or real(self))
+    assert begin(own, own.points[0], "7_0") == ""
+
+
+# ------------------------------------------------------------------------------------------------- end
+
+
+def silent(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    slept: list[float] = []
+    monkeypatch.setattr(at_point, "time", SimpleNamespace(sleep=slept.append))
+    return slept
+
+
+@pytest.mark.parametrize(("code", "why"), [(0, "finished"), (1, ""), (2, ""), (137, ""), (139, "")])
+def test_a_code_is_recorded_and_nobody_asked(own: Sweep, fake: FakeSlurm, code: int, why: str) -> None:
+    end(own, own.points[0], "7_0", code)
+    assert record_of(own.folder, "7_0") == {"code": code, "why": why}
+    assert fake.calls() == []
+
+
+@pytest.mark.parametrize("code", [REQUEUE_EXIT_CODE, 138, 140, 143])
+def test_what_was_stopped_while_its_job_runs_is_queued_again_once(own: Sweep, fake: FakeSlurm, code: int) -> None:
+    fake.says("squeue", "RUNNING\n")
+    end(own, own.points[0], "7_0", code)
+    assert fake.calls() == ["squeue --noheader --jobs 7_0 --format %T", "scontrol requeue 7_0"]
+    assert record_of(own.folder, "7_0") == {}
+
+
+@pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING", "PREEMPTED", "TIMEOUT", "PENDING", ""])
+def test_what_slurm_ends_or_queues_itself_is_left_to_it(
+    own: Sweep, fake: FakeSlurm, state: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.says("squeue", f"{state}\n" if state else "")
+    end(own, own.points[0], "7_0", REQUEUE_EXIT_CODE)
+    assert fake.calls("scontrol") == []
+    assert record_of(own.folder, "7_0") == {}
+    assert capsys.readouterr().err == f"cossl sweep: stopped with code 85, job 7_0 is {state or 'over'}\n"
+
+
+def test_what_was_cancelled_is_not_queued_again(own: Sweep, fake: FakeSlurm) -> None:
+    record(own.folder, "7_0", None, CANCELLED)
+    fake.says("squeue", "RUNNING\n")
+    end(own, own.points[0], "7_0", REQUEUE_EXIT_CODE)
+    assert fake.calls() == []
+    assert record_of(own.folder, "7_0")["why"] == CANCELLED
+
+
+def test_a_controller_that_does_not_answer_is_asked_three_times(own: Sweep, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the job is queued again where its state cannot be told, which is what was asked for."""
+    slept = silent(monkeypatch)
+    fake.says("squeue", "", 1, "Unable to contact slurm controller\n")
+    end(own, own.points[0], "7_0", REQUEUE_EXIT_CODE)
+    assert [line.split()[0] for line in fake.calls()] == ["squeue"] * 3 + ["scontrol"]
+    assert [seconds for seconds in slept if seconds] == [5, 5]
+    assert record_of(own.folder, "7_0") == {}
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_a_node_that_cannot_queue_it_again_says_so(
+    own: Sweep, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch, missing: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    silent(monkeypatch)
+    fake.says("squeue", "RUNNING\n")
+    if missing:
+        fake.remove("scontrol")
+    else:
+        fake.says("scontrol", "", 1, "Requested operation is presently disabled\n")
+    end(own, own.points[0], "7_0", REQUEUE_EXIT_CODE)
+    why = "stopped, and `scontrol requeue 7_0` failed on this node: go on by `cossl sweep retry --lost`"
+    assert record_of(own.folder, "7_0") == {"code": 85, "why": why}
+    assert ("Requested operation is presently disabled" in capsys.readouterr().err) == (not missing)
+
+
+# ------------------------------------------------------------------------------------------------- a task
+
+
+def test_the_command_of_a_point(own: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    point = own.points[0]._replace(flags=["--epochs", "50", "--model.no-joint-views"])
+    expected = [sys.executable, "-u", "-m", "cossl.train", "in1k", "--epochs", "50", "--model.no-joint-views"]
+    expected += ["--run-dir", str(own.folder.parent / "points" / point.run), "--resume", "--lock-wait-s", "600"]
+    assert trainer(own, point) == trainer(own, point, "/nowhere") == expected
+    assert point.flags == ["--epochs", "50", "--model.no-joint-views"]
+
+
+def test_a_task_becomes_the_trainer_of_its_point(
+    own: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    array, became = tmp_path / "array.json", list[tuple[str, list[str]]]()
+    array.write_text(json.dumps([point.identity for point in own.points]))
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    monkeypatch.setattr(os, "execv", lambda path, argv: became.append((path, argv)))
+    at_point.run(str(own.folder), str(array), "")
+    assert became == [(sys.executable, trainer(own, own.points[1]))]
+    assert capsys.readouterr().err.startswith(f"cossl sweep: in1k --run-dir {own.run_dir(own.points[1])} --resume")
+
+
+# ------------------------------------------------------------------------------------------------- betons to the node's own disk
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "shared disk"
+    folder.mkdir()
+    for name in ("train.beton", "train.beton.json", "val.beton", "val.beton.json"):
+        (folder / name).write_bytes(os.urandom(1000))
+        os.utime(folder / name, ns=(10**18, 10**18 + 123_456_789))
+    (folder / "train").mkdir()
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != ".lock"}
+
+
+def test_betons_are_copied_once(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = staged(data, tmp_path / "node")
+    assert target.is_relative_to(tmp_path / "node" / f"cossl-{os.getuid()}")
+    assert contents(target) == contents(data)
+    monkeypatch.setattr(shutil, "copy2", lambda *_: pytest.fail("copied again"))
+    assert staged(data, tmp_path / "node") == target
+
+
+def test_another_folder_of_pictures_has_another_copy(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    shutil.copytree(data, tmp_path / "b" / "shared disk")
+    assert staged(data, tmp_path / "node") != staged(tmp_path / "b" / "shared disk", tmp_path / "node")
+
+
+@pytest.mark.parametrize("how", ["size", "time", "more files"])
+def test_an_original_that_was_made_anew_is_copied_again(data: Path, tmp_path: Path, how: str) -> None:
+    staged(data, tmp_path / "node")
+    if how == "size":
+        (data / "val.beton").write_bytes(b"longer" * 1000)
+        os.utime(data / "val.beton", ns=(10**18, 10**18))
+    elif how == "time":
+        (data / "val.beton").write_bytes(os.urandom(1000))
+        os.utime(data / "val.beton", ns=(10**18, 10**18 + 10**9))
+    else:
+        (data / "more").write_text("x")
+    assert contents(staged(data, tmp_path / "node")) == contents(data)
+
+
+def test_without_room_the_original_is_read_and_that_is_said(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3999))
+    assert staged(data, tmp_path / "node") == data
+    assert capsys.readouterr().err.endswith(f"0.0 GiB free, 0.0 are needed: reading {data}\n")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=4000))
+    assert staged(data, tmp_path / "node") != data
+
+
+def test_a_disk_that_fills_up_meanwhile_is_no_failure(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = shutil.copy2
+
+    def full(source: Path, target: Path) -> None:
+        if source.name == "val.beton":
+            target.write_bytes(b"half")
+            raise OSError(28, "No space left on device", str(target))
+        real(source, target)
+
+    monkeypatch.setattr(shutil, "copy2", full)
+    assert staged(data, tmp_path / "node") == data
+    assert capsys.readouterr().err.endswith(f"No space left on device: reading {data}\n")
+    assert not list((tmp_path / "node").rglob("*.part"))
+    monkeypatch.undo()
+    assert contents(staged(data, tmp_path / "node")) == contents(data)
+
+
+def test_a_variable_that_the_node_has_not_is_no_folder(
+    own: Sweep, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    point = own.points[0]._replace(flags=["--data", str(data)])
+    monkeypatch.delenv("NODE_DISK", raising=False)
+    assert trainer(own, point, "$NODE_DISK") == trainer(own, point)
+    assert capsys.readouterr().err.startswith("cossl sweep: scratch $NODE_DISK: no absolute path, or a variable that this node has not")
+    monkeypatch.setenv("NODE_DISK", str(tmp_path / "node"))
+    command = trainer(own, point, "$NODE_DISK/x")
+    assert command[command.index("--data") + 1] == str(staged(data, tmp_path / "node" / "x"))
+    assert not (tmp_path / "$NODE_DISK").exists()
+
+
+def test_folders_of_pictures_stay_where_they_are(data: Path, tmp_path: Path) -> None:
+    (data / "train.beton").unlink()
+    assert staged(data, tmp_path / "node") == data
+    assert not (tmp_path / "node").exists()
+
+
+def test_of_several_processes_on_a_node_one_copies(data: Path, tmp_path: Path) -> None:
+    code = f"""
+import pathlib, shutil, sys, time
+from cossl.slurm.point import staged
+real = shutil.copy2
+def slow(source, target):
+    print("copied", flush=True)
+    time.sleep(0.05)
+    real(source, target)
+shutil.copy2 = slow
+target = staged(pathlib.Path({str(data)!r}), pathlib.Path({str(tmp_path / "node")!r}))
+print(sum(path.stat().st_size for path in target.iterdir()))
+"""
+    running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    words = [process.communicate()[0].split() for process in running]
+    assert sorted(words) == [["4000"], ["4000"], ["copied"] * 4 + ["4000"]]
+
+
+# ------------------------------------------------------------------------------------------------- from the job's script
+
+
+Call = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def call(own: Sweep, tmp_path: Path) -> Call:
+    """`python -m cossl.slurm.point VERB ...` as job 7_1, from the snapshot unless told otherwise: its code, and what it says."""
+    source = own.folder / "code" / snapshot(own.folder)
+    (tmp_path / "array.json").write_text(json.dumps([point.identity for point in own.points]))
+
+    def run(*argv: str, cwd: Path = source, path: Path | None = source) -> tuple[int, str]:
+        environment = os.environ | {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
+        environment |= {"PYTHONPATH": str(path)} if path else {}
+        command = [sys.executable, "-m", "cossl.slurm.point", argv[0], str(own.folder), str(tmp_path / "array.json"), *argv[1:]]
+        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+        return done.returncode, done.stderr
+
+    return run
+
+
+def test_the_script_s_two_calls(own: Sweep, call: Call, fake: FakeSlurm) -> None:
+    assert call("begin") == (0, "")
+    assert call("end", "1") == (0, "")
+    assert record_of(own.folder, "7_1") == {"code": 1, "why": ""}
+    fake.says("squeue", "RUNNING\n")
+    assert call("begin") == (0, "")
+    assert call("end", "85") == (0, "cossl sweep: stopped with code 85, queueing job 7_1 again\n")
+    assert fake.calls("scontrol") == ["scontrol requeue 7_1"]
+    run_of(own, own.points[1], results=RESULTS)
+    assert call("begin") == (3, f"cossl sweep: {own.points[1].run} is done already\n")
+
+
+def test_a_job_that_would_run_other_source_does_not(own: Sweep, call: Call, tmp_path: Path) -> None:
+    code, said = call("begin", cwd=tmp_path, path=None)
+    assert code == 1
+    assert f"and not the snapshot below {own.folder / 'code'}: see PYTHONPATH" in said
+    with pytest.raises(RuntimeError, match=r"^this job runs .* and not the snapshot below .*: see PYTHONPATH$"):
+        at_point.require_snapshot(own.folder)
+    assert not (own.folder / "exits").exists()
+
+
+def test_a_sweep_that_is_reached_by_a_link_is_the_same(own: Sweep, call: Call, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(own.folder.parent)
+    source = next((tmp_path / "link" / "heads" / "code").iterdir())
+    assert call("begin", cwd=source, path=source) == (0, "")
+
+
+def test_points_of_a_sweep_that_grew_keep_their_arrays(own: Sweep, tmp_path: Path) -> None:
+    (tmp_path / "array.json").write_text(json.dumps([own.points[1].identity]))
+    more = own.points[1]._replace(identity="f" * 16, run="in1k-more")
+    grown = add_points(read_sweep(own.folder), [more])
+    assert at_point.point_of(grown, tmp_path / "array.json") == own.points[1]
