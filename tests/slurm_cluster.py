@@ -211,7 +211,6 @@ class SlurmCluster:
     def _spawn_node(self, node: str) -> None:
         shutil.rmtree(self.folder / "spool" / node, ignore_errors=True)  # a power cut leaves the sockets of its steps
         (self.folder / "spool" / node).mkdir()
-        (self.folder / "log" / f"slurmd-{node}.log").unlink(missing_ok=True)  # see _still_ends: what it began is over
         self._spawn(node, [*SPACES, "sh", "-c", NODE_SCRIPT, "sh", node, str(self.folder)])
 
     # ------------------------------------------------------------------ commands and questions
@@ -243,7 +242,8 @@ class SlurmCluster:
         while not (answer := condition()):
             dead = [name for name, process in self.processes.items() if process.poll() is not None]
             if dead or time.monotonic() > deadline:
-                raise RuntimeError(f"no {what} within {timeout_s} s; dead daemons: {', '.join(dead) or 'none'}\n{self.report()}")
+                cause = f"{', '.join(dead)} died before the {what}" if dead else f"no {what} within {timeout_s} s"
+                raise RuntimeError(f"{cause}\n{self.report()}")
             time.sleep(0.1)
         return answer
 
@@ -296,17 +296,23 @@ class SlurmCluster:
 
         def waits_alone() -> bool:
             listed = self.run("squeue", "--array", "--noheader", f"--job={job}", "--format=%A %T %r").split()
-            return listed[1:] == ["PENDING", "BeginTime"] and not any(self._still_ends(node, listed[0]) for node in self.nodes)
+            return listed[1:] == ["PENDING", "BeginTime"] and not self._steps_alive(listed[0])
 
         self.wait_for(waits_alone, timeout_s, f"requeue of job {job}")
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
-    def _still_ends(self, node: str, number: str) -> bool:
-        """Whether a job's step is on a living node yet, or its slurmd not done with it. Of a node DOWN the controller does not know."""
-        if node not in self.processes:
-            return False
-        log = (self.folder / "log" / f"slurmd-{node}.log").read_text()
-        return log.rfind(f"[{number}.") > log.rfind(f"completed epilog for jobid {number}\n")
+    def _steps_alive(self, number: str) -> bool:
+        """Whether the process of a step of this job is there yet, on any node: of a node DOWN the controller does not know."""
+        titles = {path.parent: _read(path) for path in Path("/proc").glob("[0-9]*/cmdline")}
+        steps = [place for place, title in titles.items() if title.startswith(f"slurmstepd: [{number}.")]
+        return any(f"SLURM_CONF={self.env['SLURM_CONF']}" in _read(place / "environ").split("\0") for place in steps)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:  # it has just ended
+        return ""
 
 
 @contextlib.contextmanager
