@@ -19,7 +19,7 @@ done
 [ -n "$missing" ] || exit 0
 if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null 2>&1; then
     echo "cossl setup: the SLURM tests need root and$missing. Run:" >&2
-    echo "    sudo apt-get install --no-install-recommends $packages && sudo make test-slurm" >&2
+    echo "    sudo apt-get install --no-install-recommends $packages && sudo make test-slurm ACCOUNTING=${1:-none}" >&2
     exit 1
 fi
 echo "cossl setup: installing $packages"
