@@ -44,6 +44,11 @@ def hold(run_dir: Path, heir: bool) -> tuple[int, int]:
     return owner, int(os.read(read, 20))
 
 
+def end(process: int) -> None:
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+
+
 def test_a_second_process_is_refused_with_the_owners_name(tmp_path: Path) -> None:
     owner, _ = hold(tmp_path / "run", heir=False)
     try:
@@ -53,14 +58,12 @@ def test_a_second_process_is_refused_with_the_owners_name(tmp_path: Path) -> Non
         ):
             pass
     finally:
-        os.kill(owner, signal.SIGKILL)
-        os.waitpid(owner, 0)
+        end(owner)
 
 
 def test_the_lock_goes_with_its_owner_even_if_a_forked_worker_lives_on(tmp_path: Path) -> None:
     owner, heir = hold(tmp_path, heir=True)
-    os.kill(owner, signal.SIGKILL)
-    os.waitpid(owner, 0)
+    end(owner)
     try:
         os.kill(heir, 0)
         for _ in range(2):  # and is free again after the block
@@ -92,11 +95,6 @@ def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path: Path, monke
 
 
 # ------------------------------------------------------------------------------------------------- a lock that is waited for
-
-
-def end(process: int) -> None:
-    os.kill(process, signal.SIGKILL)
-    os.waitpid(process, 0)
 
 
 def test_a_lock_is_waited_for_and_that_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
@@ -146,7 +144,7 @@ def test_a_stop_signal_ends_the_wait(tmp_path: Path, number: signal.Signals) -> 
     end(owner)
 
 
-@pytest.mark.parametrize("step", [4, 15])
+@pytest.mark.parametrize("step", [1, 15])
 def test_a_requeued_run_goes_on_from_what_its_dying_predecessor_wrote_last(
     capsys,
     finished: Path,  # noqa: F811
@@ -157,18 +155,12 @@ def test_a_requeued_run_goes_on_from_what_its_dying_predecessor_wrote_last(
 ) -> None:
     """It finds the folder locked, without a checkpoint; once it has the lock there is one, perhaps the last, and the results too."""
     before, run_dir = finished, tmp_path / "run"
-    if step == 4:
-        before, steps, train_step = tmp_path / "before", iter(range(6)), train.step_
-
-        def until_killed(*arguments: Any) -> None:
-            if next(steps, None) is None:
-                raise KeyboardInterrupt
-            train_step(*arguments)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(train, "step_", until_killed)
-            with pytest.raises(SystemExit, match="130"):
-                run(pictures, before, "--checkpoint-every", "4")
+    if step == 1:
+        before = tmp_path / "before"
+        monkeypatch.setenv("SLURM_JOB_END_TIME", "1")
+        with pytest.raises(SystemExit, match=str(REQUEUE_EXIT_CODE)):
+            run(pictures, before)
+        monkeypatch.delenv("SLURM_JOB_END_TIME")
     owner, _ = hold(run_dir, heir=False)
 
     def nap(_: float) -> None:
