@@ -53,5 +53,5 @@ def config_hash(config: dict[str, Any], ignore: Collection[str] = ()) -> str:
 def replace_text(path: Path, text: str) -> None:
     """Writes the file whole or not at all."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text)
+    part.write_text(text, encoding="utf-8")
     part.replace(path)

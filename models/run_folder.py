@@ -309,7 +309,10 @@ class StopRequest:
 def deadline(seconds_before_end: float = STOP_BEFORE_END_S) -> float | None:
     """When to stop (seconds since 1970) so as to be that long before the job's time limit; None outside a SLURM job or without a limit.
 
-    From SLURM_JOB_END_TIME. Trap: a limit changed later (`scontrol update TimeLimit`) does not reach the running job.
+    In a short job a quarter of its time before its end, or it would stop as soon as it began. From SLURM_JOB_START_TIME and
+    SLURM_JOB_END_TIME. Trap: a limit changed later (`scontrol update TimeLimit`) does not reach the running job.
     """
-    end = os.environ.get("SLURM_JOB_END_TIME", "")
-    return int(end) - seconds_before_end if end else None
+    start, end = (os.environ.get(f"SLURM_JOB_{name}_TIME", "") for name in ("START", "END"))
+    if not end:
+        return None
+    return int(end) - min(seconds_before_end, (int(end) - int(start)) / 4 if start else seconds_before_end)

@@ -152,7 +152,7 @@ def results_of(run_dir: Path, point: Point) -> dict[str, Any] | None:
     if results is None or config is None or any(config.get(k) != v for k, v in point.config.items() if k != "data"):
         return None
     tops = [results.get(probe, {}).get("trained") for probe in ("linear_top1", "knn_top1") if isinstance(results.get(probe), dict)]
-    good = len(tops) == 2 and all(isinstance(top, int | float) and not isinstance(top, bool) and math.isfinite(top) for top in tops)
+    good = len(tops) == 2 and all(isinstance(top, int | float) and not isinstance(top, bool) and abs(top) < math.inf for top in tops)
     return results if good else None
 
 

@@ -31,8 +31,10 @@ from cossl.models.run_status import REQUEUE_EXIT_CODE
 from cossl.slurm.folder import Point, Sweep, read_sweep, results_of
 
 NOTHING_TO_DO = 3
-STOPPED_CODES = (REQUEUE_EXIT_CODE, 128 + 10, 128 + 12, 128 + 15)
-"""Of the trainer: 85 with a checkpoint; killed by SIGUSR1, SIGUSR2 or SIGTERM where they came before it could catch them."""
+STOPPED_CODES = (REQUEUE_EXIT_CODE, 128 + 10, 128 + 12)
+"""Of the trainer: 85 with a checkpoint; killed by SIGUSR1 or SIGUSR2 where they came before it could catch them."""
+KILLED_CODE = 128 + 15
+"""Killed by SIGTERM: of several tasks it may be what became of the rest when one failed, as srun gives the highest code of all."""
 LOCK_WAIT_S = 600
 """How long a requeued run waits for the lock of its dying predecessor; a server of network files may keep it for a minute or two."""
 MOST_STARTS = 5
@@ -187,7 +189,7 @@ def _same(original: Path, copy: Path) -> bool:
 
 def end(sweep: Sweep, point: Point, job: str, code: int) -> None:
     """Records how the tasks ended, or has the job queued again if they were only stopped and Slurm itself does not do it."""
-    if code not in STOPPED_CODES:
+    if not was_stopped(code, int(os.environ.get("SLURM_NTASKS", 1))):
         record(sweep.folder, job, code, "" if code else "finished")
         return
     if record_of(sweep.folder, job).get("why") == CANCELLED:
@@ -201,6 +203,11 @@ def end(sweep: Sweep, point: Point, job: str, code: int) -> None:
     print(f"cossl sweep: stopped with code {code}, queueing job {job} again", file=sys.stderr, flush=True)
     if _ask(["scontrol", "requeue", job]) is None:
         record(sweep.folder, job, code, f"stopped, and `scontrol requeue {job}` failed on this node: go on by `cossl sweep retry --lost`")
+
+
+def was_stopped(code: int, tasks: int) -> bool:
+    """Whether the trainer ended because it was asked to, and not because it failed."""
+    return code in STOPPED_CODES or (code == KILLED_CODE and tasks == 1)
 
 
 def _ask(command: Sequence[str]) -> str | None:

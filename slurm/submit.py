@@ -230,7 +230,7 @@ def run_local(sweep: Sweep, points: Sequence[Point], cluster: Cluster, parallel:
             for process in [process for process in running if process.poll() is not None]:
                 job = running.pop(process)
                 code_ = process.returncode if process.returncode >= 0 else 128 - process.returncode
-                if code_ not in at_point.STOPPED_CODES:
+                if not at_point.was_stopped(code_, 1):
                     at_point.record(sweep.folder, job.job, code_, "" if code_ else "finished")
                 name = next(point.run for point in points if point.identity == job.point)
                 left = len(queue) + len(running)

@@ -304,6 +304,9 @@ def test_the_time_limit_of_the_job_is_a_request_too(monkeypatch: pytest.MonkeyPa
     assert run_folder.deadline(60) is None
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1000")
     assert run_folder.deadline(60) == 940
+    monkeypatch.setenv("SLURM_JOB_START_TIME", "900")
+    assert run_folder.deadline(60) == 975  # of a job of 100 s
+    monkeypatch.delenv("SLURM_JOB_START_TIME")
     clock = iter([939.0, 940.0])
     monkeypatch.setattr(time, "time", lambda: next(clock))
     stop = run_folder.StopRequest(run_folder.deadline(60))
