@@ -122,7 +122,7 @@ def write(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
         raise
 
 
-def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+def load(path: str | os.PathLike[str], remedy: str = "give the run's own checkpoint, or start without --resume") -> dict[str, Any]:
     """The state in one file, on the CPU. ValueError naming the file where it is missing, cut off, damaged or no checkpoint.
 
     Every byte is compared with the checksums in the file. Reads tensors and plain values only: a pickle that carries code is refused, not
@@ -131,7 +131,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         return _read(Path(path))
     except ValueError as error:
-        raise ValueError(f"{path} {error}; give the run's own checkpoint, or start without --resume") from error
+        raise ValueError(f"{path} {error}; {remedy}") from error
 
 
 def _read(path: Path) -> dict[str, Any]:

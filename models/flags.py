@@ -6,9 +6,10 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -25,6 +26,41 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + f.name] = str(value) if isinstance(value, Path) else value
     return flat
+
+
+def unflatten(kind: type[T], flat: Mapping[str, Any]) -> T:
+    """The dataclass of which `flat` is the flat dict, as JSON gives it back, with defaults for what it lacks.
+
+    ValueError for a place there is not, a value of the wrong kind, or one that the dataclass refuses.
+    """
+    kinds, own, parts = get_type_hints(kind), dict[str, Any](), dict[str, dict[str, Any]]()
+    for key, value in flat.items():
+        name, _, rest = key.partition(".")
+        if name not in kinds or dataclasses.is_dataclass(kinds[name]) != bool(rest):
+            raise ValueError(f"{key!r} is no setting of {kind.__name__}: it was made by another version")
+        if rest:
+            parts.setdefault(name, {})[rest] = value
+        else:
+            own[name] = _of_kind(key, value, kinds[name])
+    return kind(**own, **{name: unflatten(kinds[name], part) for name, part in parts.items()})
+
+
+def _of_kind(key: str, value: Any, kind: Any) -> Any:
+    """JSON has no tuples, paths or floats without a point."""
+    if get_origin(kind) in (Union, UnionType):
+        if value is None and NoneType in get_args(kind):
+            return None
+        kind = next(one for one in get_args(kind) if one is not NoneType)
+    if get_origin(kind) is tuple and isinstance(value, list | tuple):
+        return tuple(_of_kind(key, one, get_args(kind)[0]) for one in value)
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    fits = value in get_args(kind) if get_origin(kind) is Literal else isinstance(kind, type) and type(value) is kind
+    if not fits:
+        raise ValueError(f"{key} = {value!r}: expected {getattr(kind, '__name__', kind)}")
+    return value
 
 
 def parse_flags(kind: type[T], argv: Sequence[str], prog: str, description: str, default: T | None = None) -> T:

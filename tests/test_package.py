@@ -20,7 +20,7 @@ else:
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("pipelines", "models", "slurm", "tools")
-SOURCES = [ROOT / "train.py", *(file for package in PACKAGES for file in sorted((ROOT / package).glob("*.py")))]
+SOURCES = [ROOT / "__init__.py", ROOT / "train.py", *(file for package in PACKAGES for file in sorted((ROOT / package).glob("*.py")))]
 
 
 def run(*command: str, cwd: Path, **environment: str) -> str:
@@ -35,7 +35,7 @@ def test_the_mapping_is_complete() -> None:
     assert folders == set(PACKAGES)
     assert set(mapping["packages"]) == {"cossl", *(f"cossl.{name}" for name in folders)}
     assert set(mapping["package-dir"]) == set(mapping["packages"])
-    assert [file.name for file in ROOT.glob("*.py")] == ["train.py"]
+    assert sorted(file.name for file in ROOT.glob("*.py")) == ["__init__.py", "train.py"]
 
 
 def test_the_wheel_imports_from_another_directory(tmp_path: Path) -> None:
