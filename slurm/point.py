@@ -189,10 +189,10 @@ def _same(original: Path, copy: Path) -> bool:
 
 def end(sweep: Sweep, point: Point, job: str, code: int) -> None:
     """Records how the tasks ended, or has the job queued again if they were only stopped and Slurm itself does not do it."""
+    if code and record_of(sweep.folder, job).get("why") == CANCELLED:
+        return  # also where the tasks did not end before they were killed
     if not was_stopped(code, int(os.environ.get("SLURM_NTASKS", 1))):
         record(sweep.folder, job, code, "" if code else "finished")
-        return
-    if record_of(sweep.folder, job).get("why") == CANCELLED:
         return
     state = _ask(["squeue", "--noheader", "--jobs", job, "--format", "%T"])
     if (

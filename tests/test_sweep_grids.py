@@ -190,6 +190,7 @@ def test_settings_of_other_values_have_other_names(a: float, b: float) -> None:
 
 
 def test_names_of_runs_are_safe_whatever_the_values(tmp_path: Path) -> None:
+    assert point(**{"optim.base_lr": 1e200}).run.startswith("in1k-base_lr_1e_200-seed0-")
     together = [place for place in FLAT if place not in IMPOSSIBLE_ALONE and place != "model.shared_heads"]
     nasty = {place: other(place)[place] for place in together} | {"seed": 2**63, "optim.base_lr": 1e200}
     run = point(**nasty).run

@@ -147,12 +147,27 @@ def test_what_slurm_ends_or_queues_itself_is_left_to_it(
     assert capsys.readouterr().err == f"cossl sweep: stopped with code 85, job 7_0 is {state or 'over'}\n"
 
 
-def test_what_was_cancelled_is_not_queued_again(own: Sweep, fake: FakeSlurm) -> None:
+@pytest.mark.parametrize("code", [REQUEUE_EXIT_CODE, 137, 1])
+def test_what_was_cancelled_stays_so(own: Sweep, fake: FakeSlurm, code: int) -> None:
+    """It is not queued again, and a task that was killed before it could stop is no failure, which a retry would start again."""
     record(own.folder, "7_0", None, CANCELLED)
     fake.says("squeue", "RUNNING\n")
-    end(own, own.points[0], "7_0", REQUEUE_EXIT_CODE)
+    end(own, own.points[0], "7_0", code)
     assert fake.calls() == []
     assert record_of(own.folder, "7_0")["why"] == CANCELLED
+
+
+def test_what_was_cancelled_in_the_moment_of_its_end_is_finished(own: Sweep) -> None:
+    record(own.folder, "7_0", None, CANCELLED)
+    end(own, own.points[0], "7_0", 0)
+    assert record_of(own.folder, "7_0") == {"code": 0, "why": "finished"}
+
+
+def test_of_several_tasks_a_killed_one_says_nothing_of_a_stop(own: Sweep, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    end(own, own.points[0], "7_0", 143)
+    assert record_of(own.folder, "7_0") == {"code": 143, "why": ""}
+    assert fake.calls() == []
 
 
 def test_a_controller_that_does_not_answer_is_asked_three_times(own: Sweep, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
