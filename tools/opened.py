@@ -1,4 +1,4 @@
-"""A run opened for evaluation: its network, its pictures, and where results go. What `eval`, `robustness`, `locality` and `export` begin with."""
+"""A run opened for evaluation: its network, its pictures, and where results go."""
 
 from __future__ import annotations
 
@@ -86,7 +86,11 @@ def stamp(run: Opened, **protocol: Any) -> dict[str, Any]:
 
 
 def write_result(run: Opened, folder: str, name: str, result: dict[str, Any], out: Path | None = None) -> Path:
-    """Writes `<run>/<folder>/<name>.json` (or below `out`), whole or not at all, and returns its path."""
+    """Writes `<run>/<folder>/<name>.json` (or `<out>/<name>.json`), whole or not at all, and returns its path.
+
+    A report shows any result that has `title`, `table` ({"columns": [...], "rows": [[...]]}), `figures` (names of PNG files beside it) and
+    what `stamp` gives; what else is in it is its own affair.
+    """
     path = (out or run.run_dir / folder) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, json.dumps(result, indent=1))
