@@ -63,7 +63,7 @@ def data_of(run: Opened, data: Path | None) -> Path:
 
 
 def open_split(run: Opened, data: Path, split: str, px: int = 0, workers: int = 0, centre_frac: float = 224 / 256) -> Loader:
-    """All pictures of train or val in order, the central square resized to px (0 = the run's --eval-px), as in training's own evaluation."""
+    """All pictures of a split in order, the central square resized to px (0 = the run's --eval-px), as in training's own evaluation."""
     how = run.config.loader
     backend = "auto" if how.backend == "synthetic" else how.backend
     views = evaluation(px or run.config.eval_px, centre_frac)
