@@ -5,6 +5,7 @@ One process of a run writes, the first rank.
 
 import contextlib
 import json
+import os
 import secrets
 import sys
 import time
@@ -89,7 +90,7 @@ def _wandb(run_dir: Path, tracking: TrackingConfig, config: dict[str, Any]) -> I
     wandb = _require("wandb", "wandb")
     path = run_dir / "wandb-id"
     if not path.exists():
-        replace_text(path, secrets.token_hex(4))
+        replace_text(path, os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))  # a sweep gives its points theirs
     place = {"project": tracking.wandb_project, "id": path.read_text().strip(), "name": run_dir.name, "dir": str(run_dir)}
     # offline there is no server to ask whether the run is there: parts of one id are joined by `wandb sync --append`
     resume = {"resume": "allow"} if tracking.wandb == "online" else {}

@@ -121,7 +121,13 @@ def become_trainer(sweep: Sweep, point: Point, scratch: str = "") -> NoReturn:
     command = trainer(sweep, point, scratch)
     print(f"cossl sweep: {shlex.join(command[4:])}", file=sys.stderr, flush=True)
     sys.stdout.flush()
+    os.environ |= tracker_id(point)
     os.execv(command[0], command)
+
+
+def tracker_id(point: Point) -> dict[str, str]:
+    """The variable by which wandb knows a run again, wherever it goes on."""
+    return {"WANDB_RUN_ID": point.identity}
 
 
 def trainer(sweep: Sweep, point: Point, scratch: str = "") -> list[str]:

@@ -143,7 +143,8 @@ def squeue() -> Queue:
     except (OSError, subprocess.TimeoutExpired) as error:
         return Queue({}, f"squeue: {error.strerror if isinstance(error, OSError) else 'no answer within 120 s'}")
     if done.returncode:
-        return Queue({}, f"squeue: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
+        said = (done.stderr.strip().splitlines() or ["failed"])[-1]
+        return Queue({}, f"squeue: {said.removeprefix('squeue: ')}")
     rows = [line.split("|", 2) for line in done.stdout.splitlines()]
     return Queue({row[0]: (row[1], row[2]) for row in rows if len(row) == 3})
 

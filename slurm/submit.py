@@ -246,6 +246,7 @@ def _start(
     name = f"local-{os.getpid()}-{time.time_ns()}-{slot}"
     log = Path("logs") / f"{point.run}-{name}.out"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(source), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    environment |= at_point.tracker_id(point)
     if gpus:
         environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
     with open(sweep.folder / log, "ab") as out, open(sweep.folder / log.with_suffix(".err"), "ab") as err:
