@@ -1,7 +1,7 @@
 """How much a representation says about labels, in percent of top-1: weighted kNN and a linear probe when it is frozen, and an online
 probe while it is trained."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -124,23 +124,42 @@ class OnlineProbe(nn.Module):
         self.weight.sub_(torch.where(fine, PROTOCOL["online_lr"] * momentum, 0.0))
 
 
+class LinearProbe(NamedTuple):
+    """A softmax regression on vectors standardised by the mean and deviation of those it was fitted to."""
+
+    mean: Float[Tensor, " c"]
+    scale: Float[Tensor, " c"]
+    """1 / deviation; 0 for a feature that never changed."""
+    weight: Float[Tensor, "m c"]
+    bias: Float[Tensor, " m"]
+
+    def logits(self, x: Float[Tensor, "b c"]) -> Float[Tensor, "b m"]:
+        """Differentiable with respect to x, in float32."""
+        return F.linear((x.float() - self.mean) * self.scale, self.weight, self.bias)
+
+
 def linear_top1(
     train_x: Float[Tensor, "train c"],
     train_y: Int[Tensor, " train"],
     test_x: Float[Tensor, "test c"],
     test_y: Int[Tensor, " test"],
 ) -> float:
-    """Percent of test samples that a softmax regression on the frozen features gets right.
+    """Percent of test samples that a softmax regression on the frozen features gets right: that of `fit_probe`."""
+    return 100 * float((fit_probe(train_x, train_y).logits(test_x).argmax(1) == test_y).double().mean())
+
+
+def fit_probe(train_x: Float[Tensor, "train c"], train_y: Int[Tensor, " train"]) -> LinearProbe:
+    """The softmax regression on frozen features that `linear_top1` judges.
 
     The l2 strength is the one of PROTOCOL's list with the lowest cross-entropy on a seeded tenth of the train set (accuracy on so few
     samples is mostly luck); the regression is then fitted to all of it. Full-batch L-BFGS: no learning rate, no order of samples,
     the same number every time.
     """
-    train_x, test_x = train_x.float(), test_x.float()
+    train_x = train_x.float()
     mean, deviation = train_x.mean(0), train_x.std(0, correction=0)
     # A feature that never changes says nothing; dividing by its deviation would blow rounding up to the size of a signal.
     scale = torch.where(deviation > 1e-6 * mean.abs(), 1 / deviation.clamp(min=1e-12), 0.0)
-    train_x, test_x = (train_x - mean) * scale, (test_x - mean) * scale
+    train_x = (train_x - mean) * scale
     classes = int(train_y.max()) + 1
     order = torch.randperm(len(train_x), generator=torch.Generator().manual_seed(PROTOCOL["linear_seed"])).to(train_x.device)
     held = max(1, int(len(order) * PROTOCOL["linear_held_out_frac"]))
@@ -152,8 +171,7 @@ def linear_top1(
         if loss >= lowest:  # past the minimum the fits only get longer and the loss higher
             break
         lowest, best_l2 = loss, l2
-    model = fit_softmax(train_x, train_y, classes, best_l2)
-    return 100 * float((F.linear(test_x, *model).argmax(1) == test_y).double().mean())
+    return LinearProbe(mean, scale, *fit_softmax(train_x, train_y, classes, best_l2))
 
 
 Softmax = tuple[Float[Tensor, "m c"], Float[Tensor, " m"]]
