@@ -67,7 +67,7 @@ def test_later_edits_change_nothing_and_make_another_copy(tmp_path: Path, root: 
     inode = (tmp_path / "code" / first).stat().st_ino
     assert snapshot(tmp_path, root) == first
     assert (tmp_path / "code" / first).stat().st_ino == inode
-    (root / "models" / "a.py").write_text("# edited\n")
+    (root / "models" / "a.py").write_text("# MODELS/a.py\n")  # of the same length
     second = snapshot(tmp_path, root)
     (root / "models" / "a.py").rename(root / "models" / "c.py")
     third = snapshot(tmp_path, root)
