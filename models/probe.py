@@ -1,6 +1,7 @@
 """How much a representation says about labels, in percent of top-1: weighted kNN and a linear probe when it is frozen, and an online
 probe while it is trained."""
 
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +36,6 @@ CHUNKS = 1024, 16384
 """Test and train samples whose cosines are in memory at once: 64 MiB, and 128 MiB for 2048 features of the train samples."""
 
 
-@torch.no_grad()
 def knn_top1(
     train_x: Float[Tensor, "train c"],
     train_y: Int[Tensor, " train"],
@@ -50,15 +50,49 @@ def knn_top1(
     type, on any one device, are compared in float32 and a chunk at a time, so beside them it takes less than half a GiB for any number of
     samples. Trap: at the end the host waits for the device, once. A train set that is a part of one sorted by class lacks classes.
     """
-    classes = int(train_y.max()) + 1
-    hits = torch.zeros((), dtype=torch.int64, device=test_x.device)
-    for x, label in zip(test_x.split(CHUNKS[0]), test_y.split(CHUNKS[0]), strict=True):
-        cosine, vote = _neighbours(F.normalize(x.float(), dim=1), train_x, train_y, k)
-        votes = torch.zeros(len(x), classes, device=x.device)
-        # The largest cosine is taken off so that exp stays finite at any temperature; the election is the same.
-        votes.scatter_add_(1, vote, ((cosine - cosine[:, :1]) / temperature).exp())
-        hits += (votes.argmax(1) == label).sum()
-    return 100 * int(hits) / len(test_x)
+    return knn_top1s(train_x, train_y, test_x, test_y, (k,), (temperature,))[k, temperature]
+
+
+Progress = Callable[[list[Any]], Iterable[Any]]
+"""What goes through a list and shows how far it is, such as tqdm."""
+
+
+@torch.no_grad()
+def knn_top1s(
+    train_x: Float[Tensor, "train c"],
+    train_y: Int[Tensor, " train"],
+    test_x: Float[Tensor, "test c"],
+    test_y: Int[Tensor, " test"],
+    ks: Sequence[int],
+    temperatures: Sequence[float],
+    ranks: Ranks = ALONE,
+    progress: Progress = iter,
+) -> dict[tuple[int, float], float]:
+    """{(k, temperature): `knn_top1`} of all pairs, from one search for the neighbours.
+
+    Of several ranks, each with all samples, every one takes a part of the test samples, and all get the result: every rank has to call it.
+    ValueError for a k below 1, a temperature of 0 or less, or no samples.
+    """
+    if not ks or not temperatures or min(ks) < 1 or min(temperatures) <= 0 or not len(train_x) or not len(test_x):
+        raise ValueError(
+            f"kNN of {list(ks)} among {len(train_x)} for {len(test_x)} samples at {list(temperatures)}: all have to be above 0"
+        )
+    ks, classes = sorted(set(ks)), int(train_y.max()) + 1
+    first, end = (rank * len(test_x) // ranks.world_size for rank in (ranks.rank, ranks.rank + 1))
+    hits = torch.zeros(len(temperatures), len(ks), dtype=torch.int64, device=test_x.device)
+    for start in progress(list(range(first, end, CHUNKS[0]))):
+        x, label = (some[start : min(start + CHUNKS[0], end)] for some in (test_x, test_y))
+        cosine, vote = _neighbours(F.normalize(x.float(), dim=1), train_x, train_y, ks[-1])
+        for t, temperature in enumerate(temperatures):
+            # The largest cosine is taken off so that exp stays finite at any temperature; the election is the same.
+            weight, votes, before = ((cosine - cosine[:, :1]) / temperature).exp(), torch.zeros(len(x), classes, device=x.device), 0
+            for i, k in enumerate(ks):
+                votes.scatter_add_(1, vote[:, before:k], weight[:, before:k])
+                hits[t, i] += (votes.argmax(1) == label).sum()
+                before = k
+    found = ranks.gather(hits[None]).sum(0).cpu()
+    each = {(k, temperature): int(found[t, i]) for t, temperature in enumerate(temperatures) for i, k in enumerate(ks)}
+    return {pair: 100 * count / len(test_x) for pair, count in each.items()}
 
 
 def _neighbours(
