@@ -146,21 +146,23 @@ def _submitit() -> Any:
 def submit_slurm(sweep: Sweep, points: Sequence[Point], cluster: Cluster, parallel: int, say: Callable[[str], None]) -> list[Job]:
     """Submits the points in arrays that the site allows, each recorded in jobs.jsonl as soon as it is submitted. Does not wait for any.
 
-    parallel: points at a time, over all arrays; 0 = no limit. RuntimeError saying how many were submitted, if sbatch refuses one.
+    parallel: points at a time, so that of several arrays each waits for the one before; 0 = no limit. RuntimeError saying how many were
+    submitted, if sbatch refuses one.
     """
     submitit = _submitit()
     if shutil.which("sbatch") is None:
         raise RuntimeError("no sbatch here: submit from a login node of the cluster, or use --cluster local")
     code_name, largest, done = snapshot(sweep.folder), cluster.max_array_size or max_array_size(), list[Job]()
     chunks = [points[first : first + largest] for first in range(0, len(points), largest)]
-    share = max(1, parallel // len(chunks)) if parallel else len(points)
     (sweep.folder / "arrays").mkdir(exist_ok=True)
     for chunk in chunks:
         array = sweep.folder / "arrays" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{len(done)}.json"
         replace_text(array, json.dumps([point.identity for point in chunk]))
         with _outside_jobs():
             executor = submitit.SlurmExecutor(_logs(sweep), python=python(cluster))
-            executor.update_parameters(**sbatch_parameters(sweep, cluster, code_name, array, share))
+            executor.update_parameters(**sbatch_parameters(sweep, cluster, code_name, array, parallel or len(points)))
+            if parallel and done:
+                executor.update_parameters(dependency=f"afterany:{done[-1].job.partition('_')[0]}")
             try:
                 jobs = executor.map_array(at_point.run, *zip(*[(str(sweep.folder), str(array), cluster.scratch)] * len(chunk), strict=True))
             except Exception as error:  # submitit's own kind, with sbatch's words in its text

@@ -298,7 +298,7 @@ class LogsArgs:
 
     grid: Name
     point: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="POINT")]
-    """Part of its name, of its run folder's, or its identity's first digits."""
+    """Its name, with ", seed 0" where there are several, its run folder or identity; a part of one will do."""
     lines: int = 40
     """Of each log, from its end."""
     root: Root = Path("sweeps")
@@ -309,7 +309,9 @@ def logs(argv: Sequence[str]) -> None:
     """`cossl sweep logs`."""
     args = parse_flags(LogsArgs, argv, "cossl sweep logs", __doc__ or "")
     sweep = opened(args.root, args.grid)
-    found = [point for point in sweep.points if args.point in f"{point.name}, seed {point.seed} | {point.run} | {point.identity}"]
+    texts = [(point, (point.name, f"{point.name}, seed {point.seed}", point.run, point.identity)) for point in sweep.points]
+    exact = [point for point, words in texts if args.point in words]
+    found = exact or [point for point, words in texts if any(args.point in word for word in words)]
     if len(found) != 1:
         some = "; ".join(point.run for point in (found or sweep.points)[:6])
         raise ValueError(

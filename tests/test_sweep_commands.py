@@ -187,8 +187,9 @@ def test_logs_of_a_point(tmp_path: Path, fake: FakeSlurm, capsys: pytest.Capture
     ]
     for word in (own.points[0].run, own.points[0].identity):
         assert shown(own, capsys, word, verb="logs").startswith(f"== {run_dir}/train.log")
+    assert shown(own, capsys, "setting 1", verb="logs").startswith(f"== {run_of(own, own.points[1])}/train.log")  # and not settings 10, 11
     for word, message in (
-        ("setting 1", "3 points have 'setting 1' in name, run folder or identity: "),
+        ("ting 1", "3 points have 'ting 1' in name, run folder or identity: "),
         ("no", "0 points have 'no' in .*, [.]{3}$"),
     ):
         with pytest.raises(ValueError, match=f"^{message}"):

@@ -192,13 +192,14 @@ def test_what_a_task_unpickles_is_a_call_by_name(tmp_path: Path, fake: FakeSlurm
 
 
 @pytest.mark.usefixtures("no_copy")
-@pytest.mark.parametrize(("parallel", "share"), [(0, 3), (1, 1), (4, 2), (5, 2), (100, 3)])
-def test_points_at_a_time_are_shared_by_the_arrays(tmp_path: Path, fake: FakeSlurm, parallel: int, share: int) -> None:
+@pytest.mark.parametrize("parallel", [0, 1, 2])
+def test_with_a_limit_an_array_waits_for_the_one_before(tmp_path: Path, fake: FakeSlurm, parallel: int) -> None:
     own = made(tmp_path, 6)
     submit_slurm(own, own.points, Cluster("ours", max_array_size=3), parallel, quiet)
     assert fake.calls("scontrol") == []
-    for number in (101, 102):
-        assert f"#SBATCH --array=0-2%{share}\n" in fake.script(number)
+    assert all(f"#SBATCH --array=0-2%{parallel or 3}\n" in fake.script(number) for number in (101, 102))
+    assert "--dependency" not in fake.script(101)
+    assert ("#SBATCH --dependency=afterany:101\n" in fake.script(102)) == bool(parallel)
 
 
 @pytest.mark.usefixtures("no_copy")
