@@ -139,10 +139,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError("does not exist or is no file")
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"its part {damaged} is damaged")
+        _prove(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
             raise ValueError(f"it holds a {type(state).__name__}")
@@ -151,6 +148,23 @@ def _read(path: Path) -> dict[str, Any]:
     except Exception as error:  # a flipped bit in a zip header comes out as one of a dozen kinds, zlib.error among them
         raise ValueError(f"is no whole checkpoint of this program ({_first_line(error)})") from error
     return state
+
+
+def _prove(path: Path) -> None:
+    """Nothing, if every byte of the archive's parts is what was written. Else an error of one of a dozen kinds."""
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":  # torch would read what comes before an archive, and of the kind that it wrote years ago
+            raise ValueError("it does not begin as an archive")
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+        # As torch writes them; a packed part, or parts that lie over each other, could be a thousand times as large as the file.
+        if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(part.file_size for part in parts) > path.stat().st_size:
+            raise ValueError("its parts are larger than it is")
+        if len({part.filename for part in parts}) < len(parts):
+            raise ValueError("two of its parts have one name")
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"its part {damaged!r:.80} is damaged")
 
 
 def _rename(path: Path, name: Path) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import tyro
 
 T = TypeVar("T")
+OBJECT_LIMIT_BYTES = 64 << 20  # a sweep of 10,000 points has 40 MB
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -35,14 +37,18 @@ def unflatten(kind: type[T], flat: Mapping[str, Any]) -> T:
     """
     kinds, own, parts = get_type_hints(kind), dict[str, Any](), dict[str, dict[str, Any]]()
     for key, value in flat.items():
-        name, _, rest = key.partition(".")
+        name, _, rest = str(key).partition(".")
         if name not in kinds or dataclasses.is_dataclass(kinds[name]) != bool(rest):
-            raise ValueError(f"{key!r} is no setting of {kind.__name__}: it was made by another version")
+            raise ValueError(f"{_short(key)} is no setting of {kind.__name__}: it was made by another version")
         if rest:
             parts.setdefault(name, {})[rest] = value
         else:
             own[name] = _of_kind(key, value, kinds[name])
-    return kind(**own, **{name: unflatten(kinds[name], part) for name, part in parts.items()})
+    made = {name: unflatten(kinds[name], part) for name, part in parts.items()}
+    try:
+        return kind(**own, **made)
+    except (TypeError, RuntimeError, ArithmeticError) as error:  # a number that no tensor can have for a size
+        raise ValueError(f"{kind.__name__} cannot be made of these settings ({(str(error).splitlines() or [''])[0]})") from error
 
 
 def _of_kind(key: str, value: Any, kind: Any) -> Any:
@@ -55,12 +61,17 @@ def _of_kind(key: str, value: Any, kind: Any) -> Any:
         return tuple(_of_kind(key, one, get_args(kind)[0]) for one in value)
     if kind is Path and isinstance(value, str):
         return Path(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
         return float(value)
     fits = value in get_args(kind) if get_origin(kind) is Literal else isinstance(kind, type) and type(value) is kind
-    if not fits:
-        raise ValueError(f"{key} = {value!r}: expected {getattr(kind, '__name__', kind)}")
+    if not fits or (kind is float and not math.isfinite(value)):
+        raise ValueError(f"{key} = {_short(value)}: expected {getattr(kind, '__name__', kind)}")
     return value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def parse_flags(kind: type[T], argv: Sequence[str], prog: str, description: str, default: T | None = None) -> T:
@@ -91,3 +102,38 @@ def replace_text(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     part.replace(path)
+
+
+def read_object(path: Path, limit_bytes: int = OBJECT_LIMIT_BYTES) -> dict[str, Any]:
+    """The JSON object in a file. OSError if it cannot be read; ValueError, which does not name the file, if it holds none.
+
+    Its size is looked at first, and what is no plain file (a pipe would be waited for) is not opened.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no file")
+    if (size := path.stat().st_size) > limit_bytes:
+        raise ValueError(f"{size:,} bytes are too many")
+    try:
+        value = json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds a {type(value).__name__}")
+    return value
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The object with the SHA-256 of its content, by which `unsealed` knows that nothing in it was changed."""
+    return {**content, "sha256": _digest(content)}
+
+
+def unsealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a sealed object. ValueError if it has no seal, or is not what was sealed."""
+    content = {key: one for key, one in value.items() if key != "sha256"}
+    if value.get("sha256") != _digest(content):
+        raise ValueError("it was changed, or cut off" if "sha256" in value else "it has no sha256 of its content")
+    return content
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

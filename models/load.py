@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,21 @@ from torch import Tensor, nn
 
 from cossl.models import checkpoint
 from cossl.models.co_ssl import ModelConfig, Network
-from cossl.models.flags import unflatten
+from cossl.models.flags import read_object, unflatten, unsealed
 
-HEADS = ("projector.", "predictors.", "local_projector.", "local_predictors.")
+HEADS = ("projector", "predictors", "local_projector", "local_predictors")
+WEIGHTS = "backbone.safetensors"
 
 
 class Encoder(nn.Module):
-    """The online network's backbone, pooling and MLP after it, frozen, in eval mode; with its heads if they were asked for."""
+    """The online network's backbone, pooling and MLP after it, frozen, in eval mode; with its heads, but for an export without them.
 
-    def __init__(self, network: Network, config: dict[str, Any]) -> None:
+    `config` is the run's flat config, or what an export keeps of it; `step` is how far the run was, None if the file does not say.
+    """
+
+    def __init__(self, network: Network, config: dict[str, Any], step: int | None = None) -> None:
         super().__init__()
-        self.network, self.config = network, config
+        self.network, self.config, self.step = network, config, step
         self.eval().requires_grad_(False)
 
     def forward(self, x: Float[Tensor, "b 3 s s"]) -> tuple[Float[Tensor, "b c"], Float[Tensor, "b c n n"]]:
@@ -48,8 +52,9 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Encoder:
     Reads tensors and plain values only: nothing in a file is executed. Of a run's folder the newest whole checkpoint counts.
     """
     path = Path(path)
-    if (path / "backbone.safetensors").exists():
-        config, weights = _exported(path)
+    exported = (path / WEIGHTS).exists()
+    if exported:
+        config, weights, step = _exported(path)
     elif path.is_dir() and not checkpoint.exists(path):
         raise ValueError(
             f"{path} holds neither a checkpoint nor an export: give a run's folder, a checkpoint, or what `cossl export` wrote"
@@ -57,38 +62,62 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Encoder:
     else:
         state = checkpoint.newest(path)[0] if path.is_dir() else checkpoint.load(path, "give a run's folder or one of its checkpoints")
         config, weights = of_checkpoint(state, path)
-    model = unflatten(ModelConfig, {key.removeprefix("model."): value for key, value in config.items() if key.startswith("model.")})
-    with torch.device("meta"):
-        network = Network(model, local=any(key.startswith("local_projector.") for key in weights))
+        step = state.get("step")
     try:
-        missing, unknown = network.load_state_dict(weights, strict=False, assign=True)
-    except RuntimeError as error:
+        network = _network(config, weights, may_lack_heads=exported)
+    except (ValueError, RuntimeError) as error:
         raise ValueError(f"{path} does not fit its own config: {str(error).splitlines()[-1].strip()}") from error
-    needed = [key for key in missing if not key.startswith(HEADS)]
-    if needed or unknown:
-        raise ValueError(f"{path} does not fit its own config: {(needed + unknown)[0]} is {'missing' if needed else 'unknown'}")
-    for name in {key.partition(".")[0] for key in missing}:
-        setattr(network, name, None)  # an export without heads
-    return Encoder(network, config).to(device).to(memory_format=torch.channels_last)
+    return Encoder(network, config, step).to(device).to(memory_format=torch.channels_last)
 
 
 def of_checkpoint(state: dict[str, Any], path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(flat config, weights of the online network) of a checkpoint's state. ValueError if it is none of a run."""
-    if not isinstance(state.get("config"), dict) or not isinstance(state.get("model"), dict):
+    config, model = state.get("config"), state.get("model")
+    if not isinstance(config, dict) or not isinstance(model, dict) or not all(isinstance(key, str) for key in (*config, *model)):
         raise ValueError(f"{path} is no checkpoint of a run: it has no config and model")
-    return state["config"], {key.removeprefix("online."): value for key, value in state["model"].items() if key.startswith("online.")}
+    weights = {key.removeprefix("online."): value for key, value in model.items() if key.startswith("online.")}
+    for key, value in weights.items():
+        # A tensor may say that it repeats one number for a terabyte, which the first copy of it would take.
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.nbytes > value.untyped_storage().nbytes():
+            raise ValueError(f"{path} is no checkpoint of a run: its {key!r:.80} is no whole tensor")
+    return config, weights
 
 
-def _exported(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _network(config: dict[str, Any], weights: dict[str, Tensor], may_lack_heads: bool) -> Network:
+    """The network of the config with these weights. ValueError or RuntimeError if they do not fit."""
+    model = unflatten(ModelConfig, {key.removeprefix("model."): value for key, value in config.items() if key.startswith("model.")})
+    if model.mlp_after_pool > len(weights):
+        raise ValueError(f"it has no {model.mlp_after_pool} layers after the pooling")
+    with torch.device("meta"):
+        network = Network(model, "local_projector" in _parts(weights), any(key.startswith("local_predictors.1.") for key in weights))
+    for head in HEADS if may_lack_heads else ():
+        if head not in _parts(weights):
+            setattr(network, head, None)
+    expected = network.state_dict()
+    for key in (*expected, *weights):
+        if key not in weights or key not in expected:
+            raise ValueError(f"{key!r:.80} is {'unknown' if key in weights else 'missing'}")
+        if weights[key].dtype != expected[key].dtype:
+            raise ValueError(f"{key} is of {weights[key].dtype}, expected {expected[key].dtype}")
+    network.load_state_dict(weights, assign=True)
+    return network
+
+
+def _parts(weights: dict[str, Tensor]) -> set[str]:
+    return {key.partition(".")[0] for key in weights}
+
+
+def _exported(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], int | None]:
     try:
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError
+        from safetensors.torch import load
     except ImportError as error:
         raise ImportError("safetensors is not installed: pip install -c constraints.txt -e '.[export]'") from error
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        weights = load_file(path / "backbone.safetensors")
-    except Exception as error:
-        raise ValueError(f"{path} is no export that can be read ({error})") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path / 'config.json'} is no object")
-    return config, weights
+        config = unsealed(read_object(path / "config.json"))
+        content = (path / WEIGHTS).read_bytes()
+        if hashlib.sha256(content).hexdigest() != config["weights_sha256"]:
+            raise ValueError(f"{WEIGHTS} is not the one that config.json was written for")
+        return config, load(content), config["step"]
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ValueError(f"{path} is no whole export ({error}): export the run again") from error

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cossl.models import load as loading
-from cossl.models.flags import replace_text, unflatten
+from cossl.models.flags import flatten, read_object, replace_text, unflatten
 from cossl.models.launch import choose_device
 from cossl.models.run_folder import code_version, versions
 from cossl.pipelines import find_split, make_loader
@@ -23,7 +23,7 @@ from cossl.pipelines.augment import normalize
 from cossl.pipelines.batch import Loader, LoaderSpec
 from cossl.pipelines.demo_set import demo_data
 from cossl.pipelines.views import evaluation
-from cossl.train import EVAL_BATCH, Config
+from cossl.train import EVAL_BATCH, PRESETS, RESUME_MAY_CHANGE, Config
 
 Pictures = tuple[UInt8[Tensor, "b 3 s s"], Float[Tensor, "b 3 s s"], Int[Tensor, " b"]]
 
@@ -45,13 +45,21 @@ def open_run(run_dir: Path, device: str = "auto", checkpoint: str = "") -> Opene
     ValueError of one line for a folder that holds no run, a damaged file, or a config of another version.
     """
     try:
-        flat = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
-        preset = flat.pop("preset")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{run_dir} is no run's folder: its config.json is missing or damaged ({type(error).__name__})") from None
+        flat = read_object(run_dir / "config.json")
+        preset = flat.pop("preset", None)
+        if preset not in PRESETS:
+            raise ValueError(f"preset {preset!r:.80} is unknown")
+        config = unflatten(Config, flat)
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"{run_dir} is no run's folder of this version: its config.json is missing or damaged ({why})") from None
     where = choose_device(device)
     encoder = loading.load(run_dir / checkpoint if checkpoint else run_dir, where)
-    return Opened(run_dir, preset, unflatten(Config, flat), encoder, where)
+    ours, theirs = flatten(config), flatten(unflatten(Config, encoder.config))
+    if changed := [key for key in ours if ours[key] != theirs[key] and key not in RESUME_MAY_CHANGE]:
+        said = f"--{changed[0].replace('_', '-')} {ours[changed[0]]!r:.80}, its checkpoint {theirs[changed[0]]!r:.80}"
+        raise ValueError(f"{run_dir}: config.json says {said}: one of them is damaged, or of another run")
+    return Opened(run_dir, preset, config, encoder, where)
 
 
 def data_of(run: Opened, data: Path | None) -> Path:

@@ -15,7 +15,7 @@ if ! have_headers && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; t
         || echo "cossl setup: apt-get failed, see $venv/apt.log"
 fi
 echo "cossl setup: installing Python packages (about 7 GB with PyPI's CUDA build of torch)"
-"$venv/bin/python" -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[log,slurm,dev]"
+"$venv/bin/python" -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[log,slurm,export,dev]"
 if ! "$venv/bin/python" -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dali]"; then
     echo "cossl setup: WITHOUT DALI: --loader.backend dali will not run. To have it, run:"
     echo "    $venv/bin/pip install -c constraints.txt -e '.[dali]'"
