@@ -14,6 +14,7 @@ VERBS: dict[str, tuple[str, str, str]] = {  # verb: module, function, what it do
     "verify": ("cossl.tools.write_beton", "verify_main", "prove that a beton is whole: verify OUT.beton"),
     "bench": ("cossl.tools.bench", "main", "what things cost here, beside their peers: bench loaders"),
     "models": ("cossl.tools.models", "models_main", "what every backbone and local head sees and costs: models --view-px 224"),
+    "export": ("cossl.tools.export", "export_main", "a run's backbone for others: safetensors, torchvision's and timm's names, ONNX"),
     "sweep": ("cossl.slurm.sweep", "main", "an ablation grid on SLURM: sweep plan | submit | status | retry | cancel | logs | collect"),
     "doctor": ("cossl.tools.doctor", "doctor_main", "where time goes on this machine, what limits, and which knob to turn"),
 }
