@@ -27,7 +27,7 @@ from cossl.models import checkpoint, probe, run_folder
 from cossl.models.checkpoint import State
 from cossl.models.co_ssl import TARGET_VIEWS, CoSsl, LossConfig, ModelConfig
 from cossl.models.features import features, probes
-from cossl.models.flags import flatten, parse_flags, replace_text
+from cossl.models.flags import flatten, parse_flags, replace_text, sealed
 from cossl.models.launch import any_rank, choose_device, first_rank, join, leave, say
 from cossl.models.optim import OptimConfig, adjust_gradients_, all_finite, make_optimizer, peak_lr, schedule
 from cossl.models.parallel import ALONE, Ranks, distribute
@@ -466,7 +466,7 @@ def run(preset: str, ready: Ready) -> None:
     last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
     results |= {"std": last["std"], "rank": last["rank"], "collapsed": has_collapsed(last["std"], last["rank"])}
     draw_curves(run_dir / "metrics.jsonl", run_dir / "curves.png")
-    replace_text(run_dir / "results.json", json.dumps(results, indent=2))
+    replace_text(run_dir / "results.json", json.dumps(sealed(results), indent=2))
     show(results)
     print(run_dir)
 

@@ -124,7 +124,8 @@ def read_object(path: Path, limit_bytes: int = OBJECT_LIMIT_BYTES) -> dict[str, 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
     """The object with the SHA-256 of its content, by which `unsealed` knows that nothing in it was changed."""
-    return {**content, "sha256": _digest(content)}
+    plain = json.loads(json.dumps(content))  # as it comes back: keys that were numbers are not in the same order then
+    return {**plain, "sha256": _digest(plain)}
 
 
 def unsealed(value: Mapping[str, Any]) -> dict[str, Any]:

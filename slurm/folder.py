@@ -15,12 +15,13 @@ import fcntl
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cossl.models.flags import replace_text
+from cossl.models.flags import read_object, replace_text, unsealed
 
 
 class Point(NamedTuple):
@@ -46,21 +47,28 @@ class Job(NamedTuple):
     point: str
     """Its identity."""
     job: str
-    """SLURM's number, 123 or 123_4; of a run on this machine, local-<process>-<time>-<slot>."""
+    """SLURM's number, 123 or 123_4; of a run on one machine, local-<process of the sweep>-<number>."""
     grid: str
     """Name of the sweep that submitted it."""
     cluster: str
     code: str
-    """Name of the snapshot below code/."""
+    """The snapshot that it runs, from the folder of all sweeps: <grid>/code/<hash>."""
     log: str
-    """File of what the first task prints, below the sweep's folder; its errors are beside it in .err."""
+    """File of what the first task prints, below its sweep's folder; its errors are beside it in .err."""
     time: float
     """Of the submission, seconds since 1970."""
+    host: str = ""
+    """Where it was submitted, or runs if it is local."""
 
     @property
     def is_local(self) -> bool:
-        """Whether it is a process of this machine."""
+        """Whether it is a process of the machine that submitted it."""
         return self.job.startswith("local-")
+
+    @property
+    def submitter(self) -> int:
+        """Of a local one, the number of the sweep's process."""
+        return int(self.job.split("-")[1])
 
 
 class Sweep(NamedTuple):
@@ -79,19 +87,39 @@ class Sweep(NamedTuple):
         """Where the point's run is, or will be."""
         return self.folder.parent / "points" / point.run
 
-    def last_jobs(self) -> dict[str, Job]:
-        """The last submission of each point, by its identity."""
-        return {job.point: job for job in self.jobs}
+    def jobs_of(self) -> dict[str, list[Job]]:
+        """The submissions of each point, the last one first, by its identity."""
+        found: dict[str, list[Job]] = {point.identity: [] for point in self.points}
+        for job in reversed(self.jobs):
+            found[job.point].append(job)
+        return found
 
 
 def read_sweep(folder: Path) -> Sweep:
     """The sweep in a folder; empty if nothing was submitted there yet. ValueError naming the file if one is damaged."""
     path = folder / "sweep.json"
     try:
-        points = [Point(**point) for point in json.loads(path.read_text())["points"]] if path.exists() else []
+        points = [_checked(Point(**point)) for point in _proved(read_object(path))["points"]] if path.exists() else []
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is damaged ({error}): submit the grid again to another --root") from None
+        raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]:.200}): submit the grid again to another --root") from None
     return sweep_of(folder, points)
+
+
+def _proved(value: dict[str, Any]) -> dict[str, Any]:
+    """The content of a sealed object. Files of before there were seals have none. ValueError if it is not what was sealed."""
+    return unsealed(value) if "sha256" in value else value
+
+
+def _checked(point: Point) -> Point:
+    """The point itself. ValueError if it is none, or its run would lie elsewhere than with the others."""
+    texts = (point.name, point.preset, point.identity, point.run)
+    if not all(isinstance(text, str) for text in texts) or type(point.seed) is not int:
+        raise ValueError(f"a point's name, preset, identity, run or seed is of the wrong kind: {point.name!r:.80}")
+    if not isinstance(point.flags, list) or not all(isinstance(flag, str) for flag in point.flags) or not isinstance(point.config, dict):
+        raise ValueError(f"the flags or config of {point.name!r:.80} are of the wrong kind")
+    if not re.fullmatch(r"[^/\0]+", point.run) or point.run in (".", ".."):
+        raise ValueError(f"{point.run!r:.80} is no name of a run's folder")
+    return point
 
 
 def sweep_of(folder: Path, points: Sequence[Point]) -> Sweep:
@@ -101,19 +129,23 @@ def sweep_of(folder: Path, points: Sequence[Point]) -> Sweep:
 
 
 def _jobs(path: Path) -> Iterator[Job]:
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError, TypeError):  # half a line: the submitter died; its job, if any, finds the point's lock taken
-            yield Job(**json.loads(line))
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        # Half a line: the submitter died; its job, if any, finds the point's lock taken.
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            job = Job(**json.loads(line))
+            if all(isinstance(text, str) for text in job[:-1]) and isinstance(job.time, int | float) and abs(job.time) < math.inf:
+                yield job
 
 
 def add_points(sweep: Sweep, points: Iterable[Point]) -> Sweep:
-    """The sweep with these too, on disk, where those that it has already stay as they are; and with all that others have done by now."""
-    there = read_sweep(sweep.folder).points
-    known = {point.identity for point in there}
-    merged = [*there, *(point for point in points if point.identity not in known)]
+    """The sweep with these too, on disk, and with all that others have done by now.
+
+    A point that it has already takes over the new flags: they make the same result, with other workers for one.
+    """
+    merged = {point.identity: point for point in [*read_sweep(sweep.folder).points, *points]}
     sweep.folder.mkdir(parents=True, exist_ok=True)
-    replace_text(sweep.folder / "sweep.json", json.dumps({"points": [point._asdict() for point in merged]}, indent=1))
-    return sweep_of(sweep.folder, merged)
+    replace_text(sweep.folder / "sweep.json", json.dumps({"points": [point._asdict() for point in merged.values()]}, indent=1))
+    return sweep_of(sweep.folder, list(merged.values()))
 
 
 def record_jobs(folder: Path, jobs: Iterable[Job]) -> None:
@@ -157,7 +189,6 @@ def results_of(run_dir: Path, point: Point) -> dict[str, Any] | None:
 
 
 def _object(path: Path) -> dict[str, Any] | None:
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        value = json.loads(path.read_bytes())
-        return value if isinstance(value, dict) else None
+    with contextlib.suppress(OSError, ValueError):
+        return _proved(read_object(path))
     return None
