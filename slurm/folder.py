@@ -133,7 +133,8 @@ def _jobs(path: Path) -> Iterator[Job]:
         # Half a line: the submitter died; its job, if any, finds the point's lock taken.
         with contextlib.suppress(ValueError, TypeError, RecursionError):
             job = Job(**json.loads(line))
-            if all(isinstance(text, str) for text in job[:-1]) and isinstance(job.time, int | float) and abs(job.time) < math.inf:
+            texts = [value for name, value in job._asdict().items() if name != "time"]
+            if all(isinstance(text, str) for text in texts) and isinstance(job.time, int | float) and abs(job.time) < math.inf:
                 yield job
 
 
