@@ -140,7 +140,7 @@ def _shine(level: UInt8[np.ndarray, "s s"]) -> Float[np.ndarray, "s s"]:
 
 def _correlated(wide: np.ndarray, kernel: tuple[tuple[int, ...], ...]) -> np.ndarray:
     size = wide.shape[0] - 2
-    return sum(kernel[i][j] * wide[i : i + size, j : j + size] for i in range(3) for j in range(3))
+    return np.sum([kernel[i][j] * wide[i : i + size, j : j + size] for i in range(3) for j in range(3)], axis=0)
 
 
 def _box(wide: np.ndarray) -> np.ndarray:

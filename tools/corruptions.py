@@ -4,7 +4,8 @@ What a command needs of it:
 
 - `evaluate_corruptions(predict, pictures, names, severities, seed, device, frost=())`: corruptions of `cossl.pipelines.corruptions` on
   any set. `predict` takes normalized pictures [b 3 s s] on the device and returns logits [b classes]; `pictures` is a Loader, or batches as
-  `cossl.tools.opened.pictures` yields them. Read once: all corruptions of a batch are made while it is there.
+  `cossl.tools.opened.pictures` yields them: of some pictures of a set add a fourth, their index in it, which their random numbers go by.
+  Read once: all corruptions of a batch are made while it is there.
 - `evaluate_imagenet_c(predict, root, px, class_names, device)`: the published set below `root`; of its classes those count that the head
   knows, by the names of their folders.
 - Both return the same: `severities`, `clean_top1` (percent; None for the published set), `top1` {corruption: [percent at each severity, or
@@ -16,19 +17,33 @@ What a command needs of it:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from cossl.pipelines.augment import normalize
 from cossl.pipelines.batch import Loader
-from cossl.pipelines.corruptions import CORRUPTIONS, NAMES, SEVERITIES, Frost, corrupt
-from cossl.tools.opened import Pictures
+from cossl.pipelines.corruption_weather import Frost
+from cossl.pipelines.corruptions import CORRUPTIONS, FAMILIES, NAMES, SEVERITIES, corrupt
+from cossl.pipelines.imagenet_c import Published
 from cossl.tools.opened import pictures as batches_of
+from cossl.train import EVAL_BATCH
 
-Predict = Callable[[Tensor], Tensor]
+
+class Predict(Protocol):
+    """Logits [b classes] of normalized pictures [b 3 s s]."""
+
+    def __call__(self, normalized: Tensor, /) -> Tensor: ...
+
+
+Batches = Iterable[tuple[Tensor, ...]]
+"""(pictures uint8, the same normalized, labels), and where the pictures are some of a set their index in it as well."""
 
 ALEXNET_ERROR = {
     "gaussian_noise": 0.886428,
@@ -89,7 +104,7 @@ def summary(
 @torch.inference_mode()
 def evaluate_corruptions(
     predict: Predict,
-    pictures: Loader | Iterable[Pictures],
+    pictures: Loader | Batches,
     names: Sequence[str],
     severities: Sequence[int],
     seed: int,
@@ -107,10 +122,10 @@ def evaluate_corruptions(
     missing = {"frost": NO_FROST} if "frost" in names and not frost else {}
     made = [name for name in names if name not in missing]
     hits = torch.zeros(1 + len(made) * len(severities), dtype=torch.int64, device=device)
-    batches = pictures if isinstance(pictures, Iterable) else batches_of(pictures, device, "corruptions")
+    batches: Batches = pictures if isinstance(pictures, Iterable) else batches_of(pictures, device, "corruptions")
     seen = 0
-    for images, normalized, labels in batches:
-        index = torch.arange(seen, seen + len(images), device=device)
+    for images, normalized, labels, *indexed in batches:
+        index = indexed[0] if indexed else torch.arange(seen, seen + len(images), device=device)
         hits[0] += (predict(normalized).argmax(1) == labels).sum()
         for i, (name, severity) in enumerate((name, severity) for name in made for severity in severities):
             corrupted = normalize(corrupt(images, index, name, severity, seed, frost))
@@ -125,9 +140,55 @@ def evaluate_corruptions(
     return summary(top1, severities, clean, missing, seen)
 
 
+@torch.inference_mode()
+def evaluate_imagenet_c(predict: Predict, root: Path, px: int, class_names: Sequence[str], device: torch.device) -> dict[str, Any]:
+    """The same of the published pictures, of which the centre of px x px counts (224: all of it) and nothing is resized.
+
+    `class_names` are the head's, in the order of its logits: names of class folders (wnid). Pictures of other classes are passed over.
+    Beside the common fields: how many `classes` the head has, `classes_found` and `class_folders` there are, and `pictures_each`
+    {corruption: [at each severity]}.
+    What is not there, or not whole, is named in `missing`. ValueError for none, for classes of which none is known, and for damage.
+    """
+    published = Published(root, class_names)
+    numbers = {name: i for i, name in enumerate(CORRUPTIONS)}
+    hits, seen = (torch.zeros(len(numbers), len(SEVERITIES), dtype=torch.int64, device=device) for _ in range(2))
+    with tqdm(desc="ImageNet-C", unit="pictures", disable=not sys.stderr.isatty(), leave=False) as bar:
+        for batch in published.batches(px, EVAL_BATCH):
+            right = predict(normalize(batch.images.to(device))).argmax(1) == batch.label.to(device)
+            at = torch.tensor([[numbers[name] for name in batch.corruption], [s - 1 for s in batch.severity]], device=device)
+            hits.index_put_((at[0], at[1]), right.long(), accumulate=True)
+            seen.index_put_((at[0], at[1]), torch.ones_like(right, dtype=torch.int64), accumulate=True)
+            bar.update(len(right))
+    if not seen.any():
+        known = f"the head knows {', '.join(list(class_names)[:3])}, ..."
+        others = f"found are {', '.join(sorted(published.class_folders)[:3]) or 'none'}"
+        raise ValueError(f"{root} has no picture of a class that the head knows: {known}; {others}")
+    each = {name: seen[i].tolist() for name, i in numbers.items() if name in NAMES or seen[i].any()}
+    of = {name: hits[numbers[name]].tolist() for name in each}
+    top1 = {name: [100 * h / n if n else None for h, n in zip(of[name], each[name], strict=True)] for name in each}
+    folders = published.class_folders
+    found = {"classes_found": len(folders & set(class_names)), "class_folders": len(folders)}
+    own = {"classes": len(class_names), **found, "pictures_each": each}
+    return summary(top1, SEVERITIES, None, _gaps(each), int(seen.sum())) | own
+
+
+def _gaps(each: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """What is missing of a set that has the same number of pictures at every severity of every corruption."""
+    most = max(count for counts in each.values() for count in counts)
+    gaps = {}
+    for name, counts in each.items():
+        absent = [str(s) for s, count in zip(SEVERITIES, counts, strict=True) if not count]
+        partial = [
+            f"severity {s} has {count:,} of {most:,} pictures" for s, count in zip(SEVERITIES, counts, strict=True) if 0 < count < most
+        ]
+        if absent or partial:
+            gaps[name] = "; ".join([*([f"no pictures at severity {' '.join(absent)}"] if absent else []), *partial])
+    return gaps
+
+
 def corruption_table(result: Mapping[str, Any]) -> dict[str, Any]:
     """Top-1 in percent, a row for each corruption and one for the mean; what is missing is called so."""
-    columns = ["corruption", "family", *(f"severity {s}" for s in result["severities"]), "mean", "over AlexNet's error"]
+    columns = ["corruption", "family", *(f"severity {s}" for s in result["severities"]), "mean", "CE, percent"]
     rows: list[list[Any]] = []
     for name, of in result["top1"].items():
         found = [value for value in of if value is not None]
@@ -135,11 +196,68 @@ def corruption_table(result: Mapping[str, Any]) -> dict[str, Any]:
         ratio = mean_corruption_error({name: [1 - value / 100 for value in found]}) if whole else None
         mean = sum(found) / len(found) if found else None
         rows.append([name, CORRUPTIONS[name].family, *(_shown(value) for value in of), _shown(mean), _shown(ratio)])
-    over = f"mean of {result['mean_top1_over']} numbers"
-    ratio = _shown(result["mean_corruption_error"]), f"{result['mean_corruption_error_over']} of {len(NAMES)}"
-    rows.append([over, "", *("" for _ in result["severities"]), _shown(result["mean_top1"]), f"{ratio[0]} ({ratio[1]})"])
+    over = f"mean of {result['mean_top1_over']} numbers, of mCE {result['mean_corruption_error_over']} of {len(NAMES)}"
+    blank = ["" for _ in result["severities"]]
+    rows.append([over, "", *blank, _shown(result["mean_top1"]), _shown(result["mean_corruption_error"])])
     return {"columns": columns, "rows": rows}
 
 
 def _shown(value: float | None) -> float | str:
     return "missing" if value is None else round(value, 2)
+
+
+# --------------------------------------------------------------------------------------------------------------- figure
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+"""Okabe and Ito's, told apart by the colour-blind too."""
+MARKERS = "osD^vPX*"
+
+
+def draw_corruptions(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Writes a PNG: a panel for each family with the mean top-1 of its corruptions against the severity, a line for each run.
+
+    Severity 0 is the clean picture. A panel's mean is over the corruptions that all runs have whole; it names them. ImportError without
+    matplotlib; ValueError where the runs have no corruption in common.
+    """
+    from matplotlib.figure import Figure
+
+    names = {family: _common(results, family) for family in (*FAMILIES, "extra")}
+    names = {family: found for family, found in names.items() if found}
+    if not names:
+        raise ValueError("there is no corruption that every run has at all of its severities: nothing to draw")
+    figure = Figure(figsize=(3.3 * len(names) + 0.4, 4.1), layout="constrained")
+    for axes, (family, found) in zip(figure.subplots(1, len(names), squeeze=False, sharey=True)[0], names.items(), strict=True):
+        for which, (run, result) in enumerate(results.items()):
+            means = [sum(at) / len(at) for at in zip(*(result["top1"][name] for name in found), strict=True)]
+            clean = [] if result["clean_top1"] is None else [(0, result["clean_top1"])]
+            look = {"marker": MARKERS[which % len(MARKERS)], "color": COLOURS[which % len(COLOURS)]}
+            axes.plot(*zip(*clean, *zip(result["severities"], means, strict=True), strict=True), label=_plain(run), **look)
+        axes.set_title(f"{family}\n", fontsize=11)
+        axes.text(0.5, 1.02, _wrapped(found), transform=axes.transAxes, ha="center", va="bottom", fontsize=9, color="0.35")
+        axes.set_xlabel("severity")
+        axes.set_xticks(sorted({0, *(s for result in results.values() for s in result["severities"])}))
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("top-1, percent")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+    part = path.with_name(path.name + ".part")
+    figure.savefig(part, dpi=150, format="png")
+    part.replace(path)
+
+
+def _common(results: Mapping[str, Mapping[str, Any]], family: str) -> list[str]:
+    """Corruptions of a family that every run has at all its severities."""
+    of_family = [name for name, corruption in CORRUPTIONS.items() if corruption.family == family]
+    return [name for name in of_family if all(None not in result["top1"].get(name, [None]) for result in results.values())]
+
+
+def _wrapped(names: Sequence[str]) -> str:
+    """In two lines."""
+    words = [name.replace("_noise", "").replace("_blur", "").replace("_", " ") for name in names]
+    half = -(-len(words) // 2)
+    return ", ".join(words[:half]) + (",\n" + ", ".join(words[half:]) if words[half:] else "")
+
+
+def _plain(text: str) -> str:
+    """Without the formula that matplotlib sees between two dollar signs."""
+    return re.sub(r"\$", r"\\$", text)
