@@ -1,0 +1,445 @@
+"""Cosines, ranks, pooled positions and receptive fields in use, against closed forms and brute force; the command on tiny runs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cossl.models import locality as maths
+from cossl.models.co_ssl import CoSsl, LossConfig, ModelConfig
+from cossl.models.load import load
+from cossl.models.probe import knn_top1, linear_top1
+from cossl.models.rf_resnet import PositionGrid, ResNet, bagnet, position_grid, rf_resnet18, rf_resnet50
+from cossl.tools import locality
+from cossl.tools.opened import open_run, open_split
+from cossl.tools.opened import pictures as pictures_of
+from cossl.train import main as train_main
+
+SMALL = ModelConfig(backbone="rf_resnet18", receptive_field=29, width=8, mlp_after_pool=2, hidden_dim=16, out_dim=12)
+
+
+def vectors(*shape: int, seed: int = 0) -> Tensor:
+    """Not centred, as features after a ReLU are not."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) + 0.3
+
+
+def brute_cosine(a: Tensor, b: Tensor) -> float:
+    return float(F.cosine_similarity(a.double(), b.double(), dim=-1))
+
+
+# ------------------------------------------------------------------------------------------------- cosines and ranks
+
+
+def test_equal_positions_have_cosine_and_rank_1() -> None:
+    x = vectors(3, 1, 20).expand(3, 9, 20) * torch.arange(1, 10)[None, :, None]  # lengths do not matter
+    torch.testing.assert_close(maths.pairwise_cosine(x), torch.ones(3, dtype=torch.float64))
+    torch.testing.assert_close(maths.effective_ranks(x), torch.ones(3, dtype=torch.float64), rtol=1e-4, atol=0)
+
+
+def test_orthogonal_positions_have_cosine_0_and_full_rank() -> None:
+    x = 7 * torch.linalg.qr(vectors(2, 20, 9).double()).Q.mT
+    torch.testing.assert_close(maths.pairwise_cosine(x), torch.zeros(2, dtype=torch.float64))
+    torch.testing.assert_close(maths.effective_ranks(x), torch.full((2,), 9.0, dtype=torch.float64))
+
+
+def test_cosine_of_a_simplex_and_of_single_positions() -> None:
+    simplex = torch.eye(5) - 0.2
+    assert float(maths.pairwise_cosine(simplex[None])) == pytest.approx(-1 / 4)
+    assert float(maths.effective_ranks(simplex[None])) == pytest.approx(4)
+    assert torch.isnan(maths.pairwise_cosine(vectors(2, 1, 4))).all()
+
+
+@pytest.mark.parametrize("shape", [(2, 9, 30), (2, 30, 9)])
+def test_ranks_are_those_of_numpys_singular_values(shape: tuple[int, int, int]) -> None:
+    x = vectors(*shape)
+    for group, rank in zip(x.double().numpy(), maths.effective_ranks(x).tolist(), strict=True):
+        s = np.linalg.svd(group / np.linalg.norm(group, axis=1, keepdims=True), compute_uv=False)
+        assert rank == pytest.approx(math.exp(-(s / s.sum() * np.log(s / s.sum())).sum()))
+
+
+def measured(x: Tensor, batch: int, seed: int = 0) -> dict[str, float]:
+    redundancy = maths.Redundancy(len(x), seed)
+    for some in x.split(batch):
+        redundancy.add(some)
+    return redundancy.result()
+
+
+def test_redundancy_is_that_of_all_pairs() -> None:
+    x = vectors(6, 4, 10)
+    pairs = itertools.combinations(itertools.product(range(6), range(4)), 2)
+    within, across = [], []
+    for (a, i), (b, j) in pairs:
+        (within if a == b else across).append(brute_cosine(x[a, i], x[b, j]))
+    found = measured(x, 6)
+    assert found["cosine_within"] == pytest.approx(np.mean(within))
+    assert found["cosine_across"] == pytest.approx(np.mean(across))
+    assert found["rank_within"] == pytest.approx(float(maths.effective_ranks(x).mean()))
+    assert found["rank_all"] == pytest.approx(float(maths.effective_ranks(x.reshape(1, 24, 10))))
+    assert (found["positions"], found["width"]) == (4, 10)
+
+
+@pytest.mark.parametrize("pictures", [7, 3])  # more and fewer than positions
+def test_redundancy_does_not_depend_on_batches(pictures: int) -> None:
+    x = vectors(pictures, 5, 8)
+    whole = measured(x, pictures)
+    assert measured(x, 1) == pytest.approx(whole)
+    assert measured(x, 2) == pytest.approx(whole)
+    assert measured(x, 2, seed=1)["rank_mixed"] != pytest.approx(whole["rank_mixed"])
+
+
+def test_the_baseline_mixes_pictures() -> None:
+    """Pictures whose positions are all alike, and unlike those of any other picture."""
+    x = torch.eye(6)[:, None].expand(6, 6, 6)
+    found = measured(x, 4)
+    assert found["cosine_within"] == pytest.approx(1)
+    assert found["cosine_across"] == pytest.approx(0)
+    assert found["rank_within"] == pytest.approx(1, rel=1e-4)
+    assert found["rank_mixed"] == pytest.approx(6)
+    assert measured(x[:3], 2)["rank_mixed"] == pytest.approx(3, rel=1e-4)  # each picture twice
+
+
+def test_likeness_is_that_of_all_pairs_and_of_any_batches() -> None:
+    local, pooled = vectors(5, 4, 10), vectors(5, 10, seed=1)
+    found = []
+    for batch in (5, 2):
+        likeness = maths.Likeness()
+        for some in zip(local.split(batch), pooled.split(batch), strict=True):
+            likeness.add(maths.Vectors(*some))
+        found.append(likeness.result())
+    own = np.array([[brute_cosine(local[a, i], pooled[a]) for i in range(4)] for a in range(5)])
+    other = [brute_cosine(local[a, i], pooled[b]) for a in range(5) for b in range(5) for i in range(4) if a != b]
+    assert found[0] == pytest.approx({"cosine": own.mean(), "deviation": own.std(1).mean(), "cosine_other": np.mean(other)})
+    assert found[1] == pytest.approx(found[0])
+
+
+# ------------------------------------------------------------------------------------------------- spaces
+
+
+def model(config: ModelConfig, loss: LossConfig) -> CoSsl:
+    """With statistics that are not those of a fresh batch norm."""
+    torch.manual_seed(0)
+    found = CoSsl(config, loss).double()
+    for module in found.online.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.running_mean is not None and module.running_var is not None:
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    found.target.load_state_dict(found.online.state_dict(), strict=False)
+    return found.eval()
+
+
+@pytest.mark.parametrize(
+    ("config", "loss"),
+    [
+        (SMALL, LossConfig()),
+        (SMALL, LossConfig(local_target="local_head")),
+        (SMALL, LossConfig(local_to_global=0.0)),
+        (replace(SMALL, local_stage=3, local_grid=3), LossConfig()),
+        (replace(SMALL, shared_heads=True), LossConfig()),
+        (replace(SMALL, local_head="conv3x3"), LossConfig()),
+    ],
+)
+def test_cosines_through_the_heads_are_what_the_loss_compares(config: ModelConfig, loss: LossConfig) -> None:
+    """With a target like the online network and both views the same picture, BYOL's local term is 2 * (2 - 2 cosine)."""
+    co_ssl, x = model(config, loss), torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    grid = maths.space_grids(co_ssl.online, config, loss, 32)["heads"]
+    terms = co_ssl([x, x], torch.arange(grid.size**2).expand(3, 2, -1))
+    likeness = maths.Likeness()
+    likeness.add(maths.local_vectors(co_ssl.online, config, loss, x)["heads"])
+    term = terms["local_to_global" if loss.local_to_global else "global_to_local"].detach()
+    assert float(term) == pytest.approx(2 * (2 - 2 * likeness.result()["cosine"]))
+
+
+def test_spaces_of_a_map_and_of_the_mlp() -> None:
+    loss = LossConfig()
+    co_ssl, x = model(SMALL, loss), torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    y = co_ssl.online.backbone(x)
+    found = maths.local_vectors(co_ssl.online, SMALL, loss, x)
+    torch.testing.assert_close(found["map"].local[1, 2], y[1, :, 0, 2])
+    torch.testing.assert_close(found["map"].pooled, y.mean((2, 3)))
+    torch.testing.assert_close(found["mlp"].pooled, co_ssl.represent(x))
+    torch.testing.assert_close(found["mlp"].local[:, 3], co_ssl.online.after_pool(y[:, :, 0, 3]))
+
+
+def test_spaces_that_a_run_lacks_are_left_out() -> None:
+    plain, dino = replace(SMALL, mlp_after_pool=0), replace(SMALL, method="dino", prototypes=8)
+    assert list(maths.spaces(plain, LossConfig(local_weight=0))) == ["map"]
+    assert list(maths.spaces(SMALL, LossConfig())) == ["map", "mlp", "heads"]
+    assert "before the prototypes" in maths.spaces(dino, LossConfig())["heads"]
+    assert "heads" not in maths.spaces(replace(dino, local_stage=3), LossConfig())
+    co_ssl = model(dino, LossConfig())
+    found = maths.local_vectors(co_ssl.online, dino, LossConfig(), torch.randn(2, 3, 32, 32, dtype=torch.float64))["heads"]
+    assert found.local.shape == (2, 16, 12)
+    assert found.pooled.shape == (2, 12)
+
+
+def test_a_3x3_head_sees_two_strides_more() -> None:
+    network = model(SMALL, LossConfig()).online
+    grids = maths.space_grids(network, replace(SMALL, local_head="conv3x3"), LossConfig(), 64)
+    assert (grids["map"].receptive_field_px, grids["heads"].receptive_field_px) == (29, 29 + 2 * 8)
+
+
+# ------------------------------------------------------------------------------------------------- k positions
+
+
+def test_the_mean_of_all_positions_is_the_global_mean() -> None:
+    y = vectors(4, 6, 3, 3)
+    local = maths.positions_first(y)
+    counts = maths.position_counts(9)
+    assert counts == [1, 2, 4, 8, 9]
+    assert maths.position_counts(16) == [1, 2, 4, 8, 16]
+    assert maths.position_counts(1) == [1]
+    means = maths.first_means(local, maths.random_orders(4, 9, 0, 0), counts)
+    torch.testing.assert_close(means[-1], y.mean((2, 3)))
+
+
+def test_the_mean_of_k_positions_is_that_of_the_first_k() -> None:
+    local, order = vectors(4, 9, 6), maths.random_orders(4, 9, 3, 1)
+    means = maths.first_means(local, order, [1, 4])
+    torch.testing.assert_close(means[0, 2], local[2, order[2, 0]])
+    torch.testing.assert_close(means[1, 3], local[3, order[3, :4]].mean(0))
+    parts = [maths.first_means(x, o, [1, 4]) for x, o in zip(local.split(3), order.split(3), strict=True)]
+    torch.testing.assert_close(torch.cat(parts, 1), means)
+
+
+def test_orders_are_permutations_that_differ_by_picture_draw_and_seed() -> None:
+    order = maths.random_orders(50, 16, 0, 0)
+    assert torch.equal(order.sort(1).values, torch.arange(16).expand(50, -1))
+    assert not torch.equal(order[0], order[1])
+    for other in (maths.random_orders(50, 16, 0, 1), maths.random_orders(50, 16, 1, 0)):
+        assert not torch.equal(order, other)
+    assert torch.equal(order, maths.random_orders(50, 16, 0, 0))
+    first = torch.bincount(maths.random_orders(4000, 4, 0, 0)[:, 0], minlength=4)
+    assert (first - 1000).abs().max() < 5 * math.sqrt(4000 * 0.25 * 0.75)
+
+
+# ------------------------------------------------------------------------------------------------- receptive fields in use
+
+
+def test_energy_of_a_convolution_is_its_squared_kernel() -> None:
+    kernel = vectors(1, 3, 5, 5)
+    conv = nn.Conv2d(3, 1, 5, padding=2, bias=False)
+    conv.weight.data = kernel
+    energy = maths.gradient_energy(conv, torch.randn(2, 3, 11, 11), (4, 6), maths.random_signs(2, 3, 1, 0))
+    expected = torch.zeros(11, 11, dtype=torch.float64)
+    expected[2:7, 4:9] = kernel[0].double().square().sum(0)
+    torch.testing.assert_close(energy, expected.expand(2, -1, -1))
+
+
+def test_projections_average_to_the_sum_over_channels() -> None:
+    """All sign patterns of three channels are the expectation."""
+    conv = nn.Conv2d(3, 3, 3, bias=False)
+    signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=3)))[None]
+    energy = maths.gradient_energy(conv, torch.randn(1, 3, 3, 3), (0, 0), signs)
+    torch.testing.assert_close(energy[0], conv.weight.detach().double().square().sum((0, 1)))
+    drawn = maths.random_signs(40, 50, 3, 0)
+    assert set(drawn.unique().tolist()) == {-1.0, 1.0}
+    assert drawn.mean((0, 1)).abs().max() < 5 / math.sqrt(2000)
+    assert torch.equal(maths.random_signs(40, 50, 3, 0)[:7], drawn[:7])
+
+
+@pytest.mark.parametrize(
+    ("build", "receptive_field", "view_px"),
+    [(rf_resnet18, 29, 64), (rf_resnet18, 13, 40), (rf_resnet50, 35, 96), (bagnet, 9, 48)],
+)
+def test_no_energy_lies_outside_a_bounded_field(build: Callable[..., ResNet], receptive_field: int, view_px: int) -> None:
+    torch.manual_seed(0)
+    backbone = build(receptive_field, width=4).eval()
+    grid = position_grid(backbone, view_px)
+    at = maths.central_position(grid)
+    signs = maths.random_signs(2, 2, backbone.out_channels, 0)
+    energies = maths.gradient_energy(backbone, torch.randn(2, 3, view_px, view_px), (at, at), signs)
+    energy = maths.mean_energy(energies)
+    assert float(energy.sum()) == pytest.approx(1)
+    assert maths.field_of(energy, grid, at).inside == pytest.approx(1, abs=1e-12)
+    narrower = maths.field_of(energy, grid._replace(receptive_field_px=receptive_field // 4), at).inside
+    assert narrower < 0.9
+    first, last = maths.field_box(grid, at)
+    assert last - first == receptive_field
+    assert float(energy.sum() - energy[first:last, first:last].sum()) == pytest.approx(0, abs=1e-12)
+    for other in (at - 1, at + 1):  # the neighbour's square is another one
+        assert maths.field_of(energy, grid, other).inside < 0.999
+
+
+def test_energy_does_not_depend_on_the_batch() -> None:
+    torch.manual_seed(0)
+    backbone, x = rf_resnet18(29, width=8).eval(), torch.randn(5, 3, 40, 40)
+    signs = maths.random_signs(5, 2, backbone.out_channels, 0)
+    whole = maths.gradient_energy(backbone, x, (2, 2), signs)
+    parts = [maths.gradient_energy(backbone, a, (2, 2), b) for a, b in zip(x.split(2), signs.split(2), strict=True)]
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-4, atol=1e-9 * float(whole.max()))
+    assert all(p.grad is None for p in backbone.parameters())
+
+
+def test_pictures_count_alike_and_those_without_gradient_not_at_all() -> None:
+    energies = torch.zeros(3, 2, 2, dtype=torch.float64)
+    energies[0, 0, 0], energies[1, 1, 1] = 1e6, 1e-6
+    torch.testing.assert_close(maths.mean_energy(energies), torch.tensor([[0.5, 0], [0, 0.5]], dtype=torch.float64))
+
+
+def test_sizes_of_a_gaussian_field() -> None:
+    """The gradient exp(-r^2 / 2 s^2) exceeds 4.55 % within r = s sqrt(2 ln(1 / 0.0455)), and a square of side a holds erf(a / 2 s)^2."""
+    s, px, at = 6.0, 101, 50
+    r2 = (torch.arange(px, dtype=torch.float64) - at).square()
+    energy = torch.exp(-(r2[:, None] + r2[None]) / s**2)
+    field = maths.field_of(energy, PositionGrid(px, 1, 21, 0.5, px), at)
+    assert field.root_area_px == pytest.approx(s * math.sqrt(2 * math.pi * math.log(1 / 0.0455)), rel=0.01)
+    assert field.inside == pytest.approx(math.erf(10.5 / s) ** 2, rel=1e-3)
+    assert math.erf(field.side95_px / 2 / s) ** 2 >= 0.95 > math.erf((field.side95_px - 2) / 2 / s) ** 2
+
+
+def test_squares_grow_by_two_pixels_up_to_the_view() -> None:
+    sides, shares = maths.cumulative_energy(torch.ones(5, 5), (2.5, 2.5))
+    assert sides == [1, 3, 5]
+    assert shares == pytest.approx([1 / 25, 9 / 25, 1])
+    sides, shares = maths.cumulative_energy(torch.ones(4, 4), (2.0, 2.0))  # between two pixels
+    assert sides == [2, 4]
+    assert shares == pytest.approx([4 / 16, 1])
+    assert maths.cumulative_energy(torch.ones(4, 4), (0.5, 0.5))[0] == [1, 3, 5, 7]
+
+
+def test_a_field_that_hangs_over_the_border_is_cut() -> None:
+    grid = PositionGrid(8, 8, 29, 0.5, 64)
+    assert maths.field_box(grid, 0) == (0, 15)
+    assert maths.field_box(grid, 4) == (18, 47)
+    assert maths.field_box(grid, 7) == (42, 64)
+    assert maths.field_box(grid._replace(receptive_field_px=427), 4) == (0, 64)
+
+
+# ------------------------------------------------------------------------------------------------- the command
+
+FLAGS = "--batch-size 16 --eval-px 32 --views.size-px 32 --model.width 8 --model.hidden-dim 32 --model.out-dim 16 --knn-every 0"
+LITTLE = "--pictures 3 --sample 20 --probe-pictures 40 --draws 2 --field-pictures 3 --projections 1 --device cpu".split()
+
+
+@pytest.fixture(scope="module")
+def runs(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """CO-BYOL with an MLP, and BYOL without."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, more in {"co": "--model.mlp-after-pool 2", "plain": "--loss.local-weight 0"}.items():
+        train_main(["demo", "--epochs", "1", "--data", str(pictures), "--run-dir", str(folder / name), *FLAGS.split(), *more.split()])
+    return folder / "co", folder / "plain"
+
+
+@pytest.fixture(scope="module")
+def measured_runs(runs: tuple[Path, Path]) -> tuple[Path, Path]:
+    """The same, with their results."""
+    locality.locality_main([*map(str, runs), *LITTLE])
+    return runs
+
+
+def result(run: Path, part: str) -> dict[str, Any]:
+    return json.loads((run / "locality" / f"{part}.json").read_text(encoding="utf-8"))
+
+
+def test_every_part_is_written_with_table_figure_and_protocol(measured_runs: tuple[Path, Path], capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("matplotlib")
+    for run in measured_runs:
+        for part in locality.TASKS:
+            found = result(run, part)
+            assert {"title", "table", "figures", "protocol", "run", "time", "code_version", "versions"} <= set(found)
+            assert all(len(row) == len(found["table"]["columns"]) for row in found["table"]["rows"])
+            assert found["figures"] == [f"{part}.png"]
+            assert (run / "locality" / f"{part}.png").read_bytes().startswith(b"\x89PNG")
+            assert found["protocol"]["px"] == 32
+            assert len(found["protocol"]["weights_sha256"]) == 16
+    assert len(list((measured_runs[0] / "locality").glob("*-of-2-runs.png"))) == 4
+    assert not list(measured_runs[0].rglob("*.part"))
+    assert list(result(measured_runs[0], "redundancy")["spaces"]) == ["map", "mlp", "heads"]
+    assert list(result(measured_runs[1], "redundancy")["spaces"]) == ["map"]
+    rows = result(measured_runs[0], "receptive-field")["table"]["rows"]
+    assert [row[1] for row in rows] == [29, 29]
+    assert [row[2] for row in rows] == pytest.approx([1, 1], abs=1e-5)
+
+
+def test_all_positions_are_probed_as_the_global_vector_is(measured_runs: tuple[Path, Path], pictures: Path) -> None:
+    """The accuracy at k = n * n is that of the vectors which `cossl.load`'s encoder returns, in the same order of pictures."""
+    run = open_run(measured_runs[0], "cpu")
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for split in ("train", "val"):
+        loader = open_split(run, pictures, split)
+        batches = [(load(measured_runs[0])(x)[0], label) for _, x, label in pictures_of(loader, run.device, split)]
+        found[split] = torch.cat([x for x, _ in batches]), torch.cat([label for _, label in batches])
+        loader.close()
+    locality.locality_main(
+        [str(measured_runs[0]), *LITTLE, "--parts", "positions", "--probe-pictures", "80", "--out", str(run.run_dir / "all")]
+    )
+    again = json.loads((run.run_dir / "all" / "co" / "positions.json").read_text())
+    assert (again["train_pictures"], again["val_pictures"]) == (80, 40)
+    assert again["spaces"]["mlp"]["knn_top1"][-1] == pytest.approx([knn_top1(*found["train"], *found["val"])])
+    assert again["spaces"]["mlp"]["linear_top1"][-1] == pytest.approx([linear_top1(*found["train"], *found["val"])], abs=5.1)
+    assert [len(draws) for draws in again["spaces"]["map"]["linear_top1"]] == [2, 2, 2, 2, 1]
+
+
+def test_what_is_there_is_not_measured_again(measured_runs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(locality, "draw", lambda part, *_: [f"{part}.png"])
+    for name, task in locality.TASKS.items():
+        monkeypatch.setitem(locality.TASKS, name, task._replace(measure=lambda s, n=name, t=task: calls.append(n) or t.measure(s)))
+    run, plain = map(str, measured_runs)
+    before = {part: result(measured_runs[0], part) for part in locality.TASKS}
+    locality.locality_main([run, plain, *LITTLE])
+    assert not calls
+    assert {part: result(measured_runs[0], part) for part in locality.TASKS} == before
+    locality.locality_main([plain, *LITTLE, "--sample", "21"])
+    assert calls == ["similarity", "redundancy"]
+    (measured_runs[1] / "locality" / "similarity.json").write_text("{")
+    (measured_runs[1] / "locality" / "receptive-field.npz").write_bytes(b"PK\x03\x04damaged")
+    locality.locality_main([plain, *LITTLE, "--sample", "21"])
+    assert calls == ["similarity", "redundancy", "similarity", "receptive-field"]
+    locality.locality_main([plain, *LITTLE, "--parts", "redundancy", "--sample", "21", "--again"])
+    assert calls[-1] == "redundancy"
+    assert len(calls) == 5
+
+
+def test_without_matplotlib_the_numbers_are_written(
+    measured_runs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    with monkeypatch.context() as patched:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"] + ["matplotlib", "matplotlib.figure"]:
+            patched.setitem(sys.modules, name, None)
+        locality.locality_main([str(measured_runs[1]), *LITTLE, "--parts", "receptive-field", "--out", str(tmp_path)])
+    assert "matplotlib is missing, pip install" in capsys.readouterr().out
+    path = tmp_path / "plain" / "receptive-field.json"
+    assert json.loads(path.read_text())["figures"] == []
+    pytest.importorskip("matplotlib")
+    locality.locality_main([str(measured_runs[1]), *LITTLE, "--parts", "receptive-field", "--out", str(tmp_path)])
+    assert json.loads(path.read_text())["figures"] == ["receptive-field.png"]
+
+
+def test_mistakes_are_one_line(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    for argv, said in {
+        (): "no RUN",
+        (str(tmp_path),): "is no run's folder",
+        (str(runs[0]), "--sample", "1"): "--sample 1: expected 2 or more",
+        (str(runs[0]), str(runs[0])): "two runs are called co",
+        (str(runs[0]), "--data", str(tmp_path / "none")): "give --data",
+        (str(runs[0]), "--parts", "colour"): "invalid choice",
+    }.items():
+        with pytest.raises(ValueError, match=said) as error:
+            locality.locality_main(list(argv))
+        assert "\n" not in str(error.value)
+
+
+def test_a_sample_is_the_same_in_any_number(runs: tuple[Path, Path], pictures: Path) -> None:
+    subject = locality.Subject(open_run(runs[0], "cpu"), pictures, locality.LocalityArgs(runs=(runs[0],)))
+    drawn = {}
+    for asked in (3, 17, 40, 1000):
+        count, batches = subject.sample("val", asked, "test")
+        drawn[asked] = torch.cat([images for images, _, _ in batches])
+        assert len(drawn[asked]) == count == min(asked, 40)
+    for asked in (3, 17, 40):
+        assert torch.equal(drawn[asked], drawn[1000][:asked])
+    other = locality.Subject(subject.run, pictures, locality.LocalityArgs(runs=(runs[0],), seed=1))
+    assert not torch.equal(next(other.sample("val", 3, "test")[1])[0], drawn[3])
