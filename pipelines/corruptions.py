@@ -71,7 +71,7 @@ def _shot_noise(x: Pixels, photons: float, draws: Draws) -> Pixels:
     """Poisson noise: a white pixel expects so many photons. By inversion of the distribution function of the pixel's level."""
     level = (x * 255).round_().long()
     wanted = (level << BITS) + draws.integers(0, *x.shape[1:])
-    found = torch.searchsorted(_poisson_table(photons, x.device), wanted, right=True)
+    found = torch.searchsorted(_poisson_table(photons, x.device), wanted.contiguous(), right=True)
     return (found - level * COUNTS).float() / photons
 
 
