@@ -121,7 +121,7 @@ def damaged(
     the map itself.
     """
     positions = y.shape[2] * y.shape[3]
-    turn = uniform(seed, index, _POSITIONS, positions).argsort(1).argsort(1).view(-1, 1, *y.shape[2:])
+    turn = uniform(seed, index, _POSITIONS, positions).argsort(1).view(-1, 1, *y.shape[2:])
     filler: Tensor = y.new_zeros(())
     if kind == "noise":
         variance, mean = torch.var_mean(y, (2, 3), correction=0, keepdim=True)
