@@ -154,7 +154,8 @@ def _word(value: Any) -> str | None:
 
 
 def _number(value: Any) -> Any:
-    return value if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf") else None
+    """None: no number, or one that arithmetic fails with: JSON's integers have any size."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30 else None
 
 
 def _collapsed(last: dict[str, Any]) -> bool:
