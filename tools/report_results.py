@@ -1,0 +1,78 @@
+"""The results that other commands wrote into the folders of runs: tables, protocols and figures, whatever they are of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from cossl.tools.report_page import Album, Html, join, pairs, section, shown, table, tag, warning
+from cossl.tools.report_read import FAMILIES, Record, Told
+
+FIGURE_LIMIT = 24  # of each result
+
+
+def family_section(told: Sequence[Told], family: str, album: Album) -> Html:
+    """Each result of the family: its table, with several runs' under one another if they have the same columns, protocol and figures."""
+    names = dict.fromkeys(name for one in told for name in one.families[family])
+    return section(FAMILIES[family], *(part for name in names for part in _result(told, family, name, album)))
+
+
+def _result(told: Sequence[Told], family: str, name: str, album: Album) -> Iterator[Html]:
+    owners = [one for one in told if name in one.families[family]]
+    results = [one.families[family][name] for one in owners]
+    titles = list(dict.fromkeys(shown(of["title"]) if "title" in of else name for of in results))
+    yield tag("h3", " / ".join(titles))
+    tables = [of["table"] for of in results]
+    if len(told) > 1 and all(of["columns"] == tables[0]["columns"] for of in tables):
+        rows = [[one.name, *row] for one, of in zip(owners, tables, strict=True) for row in of["rows"]]
+        yield table(titles[0], ["run", *tables[0]["columns"]], rows, quiet=True)
+    else:
+        for one, of, result in zip(owners, tables, results, strict=True):
+            caption = shown(result.get("title", name))
+            yield table(f"{one.name}: {caption}" if len(told) > 1 else caption, of["columns"], of["rows"], quiet=len(told) == 1)
+    yield protocols(owners, results)
+    for one, of in zip(owners, results, strict=True):
+        yield _stamp(f"{one.name}, measured" if len(told) > 1 else "measured", of)
+    figures = [part for one, of in zip(owners, results, strict=True) for part in _figures(one, family, of, album, len(told) > 1)]
+    yield tag("div", *figures) if figures else Html()
+
+
+def _stamp(label: str, result: Record) -> Html:
+    versions = result["versions"] if isinstance(result.get("versions"), dict) else {}
+    known = {key: result[key] for key in ("time", "device", "code_version") if key in result} | versions
+    return join([tag("p", label, class_="label"), pairs((key, shown(value)) for key, value in known.items())]) if known else Html()
+
+
+def _figures(one: Told, family: str, result: Record, album: Album, several: bool) -> Iterator[Html]:
+    files = result.get("figures")
+    for file in files[:FIGURE_LIMIT] if isinstance(files, list) else []:
+        if not isinstance(file, str) or not file or "\0" in file or Path(file).name != file:
+            yield tag("p", f"{shown(file)}: not shown (expected the name of a picture beside {family}/*.json)", class_="note")
+            continue
+        caption = f"{shown(result.get('title', family))} ({file})"
+        yield album.figure(one.run_dir / family / file, f"{one.name}: {caption}" if several else caption, missing=True)
+
+
+def protocols(told: Sequence[Told], results: Sequence[Record]) -> Html:
+    """How the numbers above were measured: once, or if runs differ, of each run and loudly."""
+    kept = [(one, of) for one, of in zip(told, results, strict=True) if of]
+    texts = list(dict.fromkeys(json.dumps(of.get("protocol"), sort_keys=True) for _, of in kept))
+    if not kept:
+        return Html()
+    if len(texts) == 1:
+        return _protocol("protocol", kept[0][1].get("protocol"))
+    known = [(one.name, of["protocol"] if isinstance(of.get("protocol"), dict) else {}) for one, of in kept]
+    keys = [key for key in dict.fromkeys(key for _, of in known for key in of) if len({shown(of.get(key)) for _, of in known}) > 1]
+    lines = [f"{key}: {', '.join(f'{name} {shown(of.get(key))}' for name, of in known)}" for key in keys]
+    return join([
+        warning("Protocols differ: do not compare these numbers with one another", lines or ["some are not recorded"]),
+        *(_protocol(f"protocol of {one.name}", of.get("protocol")) for one, of in kept),
+    ])  # fmt: skip
+
+
+def _protocol(label: str, protocol: Any) -> Html:
+    if not isinstance(protocol, dict):
+        return tag("p", f"{label}: not recorded", class_="label")
+    return join([tag("p", label, class_="label"), pairs((key, shown(value)) for key, value in protocol.items())])
