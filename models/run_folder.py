@@ -268,8 +268,9 @@ class StopRequest:
     The training loop asks between two steps, writes a checkpoint and leaves. A second signal changes nothing: only SIGKILL, or Ctrl-C,
     ends the step. At the end of the block the handlers of before are back, and those written in Python are then called for the signals
     that came: not earlier, because submitit's (SIGUSR2) requeues and exits on the spot, before there is a checkpoint. One that came after
-    the last question and had no handler ends the process then, unless it is leaving by an exception anyway. A signal whose handler was set
-    in C is left to it, since Python could not put it back.
+    the last question and had no handler ends the process then, unless it is leaving by an exception anyway. Where that is the exit with
+    REQUEUE_EXIT_CODE, signals without a handler are ignored from then on. One whose handler was set in C is left to it, since Python could
+    not put it back.
 
     Main thread only (ValueError otherwise). Trap: ranks are told at different steps and must agree on one (all-reduce the flag).
     """
@@ -296,8 +297,10 @@ class StopRequest:
         return self._told
 
     def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        leaving = isinstance(error, SystemExit) and error.code == REQUEUE_EXIT_CODE
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # srun, or who asked, may send SIGTERM to a process that has stopped and is slow to end: it is not to look as if it had failed.
+            signal.signal(number, signal.SIG_IGN if leaving and handler == signal.SIG_DFL else handler)
         came = {number: handler for number, handler in self._before.items() if number in self._came}
         for number in (number for number, handler in came.items() if callable(handler)):
             signal.raise_signal(number)

@@ -21,6 +21,12 @@ class Rate(NamedTuple):
     images_per_s: float | None
     source: str
     """Where the number is from, or why there is none."""
+    config: dict[str, Any] | None = None
+    """The flat config that it was measured with; None = it was given, for all."""
+
+
+DECIDES = ("model.backbone", "model.receptive_field", "model.width", "model.small_image_stem", "model.joint_views", "views.")
+"""What has to be as it was measured; heads and method, which cost little beside it, need not."""
 
 
 def rate_of(gpu: str, given: float, file: Path | None) -> Rate:
@@ -34,23 +40,27 @@ def rate_of(gpu: str, given: float, file: Path | None) -> Rate:
     if not files:
         what = f"no benchmark of a {gpu} in tools/results" if gpu else "the cluster's record names no gpu"
         return Rate(None, f"{what}: run `make gpu-report` on one, or give --images-per-s")
-    rows = _rows(files[-1])
-    best = max((row["images_per_s"] for row in rows), default=None)
-    if best is None:
-        raise ValueError(
-            f"{files[-1]} holds no images/s of ours with a loader: give a file of cossl bench step --json or of make gpu-report"
-        )
-    return Rate(best, f"{files[-1].name}: the training step with its loader, measured on one GPU with the preset's own heads")
+    best, config = _fastest(files[-1])
+    return Rate(best, f"{files[-1].name}: step and loader on one GPU, measured with {config['model.local_head']} heads", config)
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of our own step with the real loader."""
+def _fastest(path: Path) -> tuple[float, dict[str, Any]]:
+    """Images/s of our own step with the real loader, and the config that it had."""
     try:
         report = json.loads(path.read_text())
         steps = [part["result"] for part in report["parts"] if part["name"] == "step" and part["result"]] if "parts" in report else [report]
-        return [row for step in steps for row in step["rows"] if row["name"] == "ours" and row["source"] == "loader"]
+        rows = [(row["images_per_s"], step) for step in steps for row in step["rows"] if (row["name"], row["source"]) == ("ours", "loader")]
+        best, step = max(rows, key=lambda row: row[0])
+        return float(best), dict(step["settings"]["config"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no benchmark file that can be read ({error})") from None
+        raise ValueError(
+            f"{path} holds no step of ours with a loader ({error}): give one of cossl bench step --json"
+        ) from None
+
+
+def _applies(rate: Rate, point: Point) -> bool:
+    decisive = [key for key in point.config if key.startswith(DECIDES)]
+    return rate.config is None or all(point.config[key] == rate.config.get(key) for key in decisive)
 
 
 def pictures_of(point: Point) -> int | None:
@@ -66,9 +76,11 @@ def pictures_of(point: Point) -> int | None:
 
 
 def gpu_hours(point: Point, rate: Rate) -> float | None:
-    """Of the training alone; None where the speed or the number of pictures is not known."""
+    """Of the training alone; None where the speed of such a network or the number of pictures is not known."""
     pictures = pictures_of(point)
-    return None if rate.images_per_s is None or pictures is None else point.config["epochs"] * pictures / rate.images_per_s / 3600
+    if rate.images_per_s is None or pictures is None or not _applies(rate, point):
+        return None
+    return point.config["epochs"] * pictures / rate.images_per_s / 3600
 
 
 def table(points: Sequence[Point], states: Mapping[str, str], rate: Rate, gpus: int) -> Iterator[str]:

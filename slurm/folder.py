@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cossl.models.flags import read_object, replace_text, unsealed
+from cossl.models.flags import read_object, replace_text, sealed, unsealed
 
 
 class Point(NamedTuple):
@@ -145,7 +145,7 @@ def add_points(sweep: Sweep, points: Iterable[Point]) -> Sweep:
     """
     merged = {point.identity: point for point in [*read_sweep(sweep.folder).points, *points]}
     sweep.folder.mkdir(parents=True, exist_ok=True)
-    replace_text(sweep.folder / "sweep.json", json.dumps({"points": [point._asdict() for point in merged.values()]}, indent=1))
+    replace_text(sweep.folder / "sweep.json", json.dumps(sealed({"points": [point._asdict() for point in merged.values()]}), indent=1))
     return sweep_of(sweep.folder, list(merged.values()))
 
 

@@ -24,6 +24,7 @@ import dataclasses
 import difflib
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -171,7 +172,7 @@ def points(grid: str, presets: Sequence[str], seeds: Sequence[int], data: Sequen
             if flatten(base)[flag] != _DEFAULTS[flag]:
                 raise ValueError(f"--{flag.replace('_', '-')} {why} in a sweep: leave it out")
         if base.data is not None:
-            base = dataclasses.replace(base, data=base.data.absolute())
+            base = dataclasses.replace(base, data=Path(os.path.normpath(base.data.absolute())))
         found += [_point(name, preset, config, seed) for name, config, seed in make(base, seeds or own_seeds)]
     twice = [a.name for a, b in itertools.pairwise(sorted(found, key=lambda p: p.identity)) if a.identity == b.identity]
     if twice:

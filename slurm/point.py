@@ -19,6 +19,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cossl.models.flags import replace_text
-from cossl.models.run_status import REQUEUE_EXIT_CODE
+from cossl.models.run_status import REQUEUE_EXIT_CODE, last_words
 from cossl.slurm.folder import Point, Sweep, read_sweep, results_of
 
 NOTHING_TO_DO = 3
@@ -90,12 +91,15 @@ def begin(sweep: Sweep, point: Point, job: str) -> str:
     before = starts.read_text().splitlines() if starts.exists() else []
     now = _progress(sweep.run_dir(point))
     if len(before) >= MOST_STARTS and set(before[-MOST_STARTS:]) == {now}:
-        why = f"gave up: {MOST_STARTS} starts of job {job} in a row without a new checkpoint"
+        why = (
+            f"gave up: {MOST_STARTS} starts of job {job} in a row without a new checkpoint; see its log, then `cossl sweep retry --failed`"
+        )
         record(sweep.folder, job, 1, why)
         return why
     with open(starts, "a") as file:
         file.write(now + "\n")
-    (sweep.folder / "exits" / job).unlink(missing_ok=True)
+    if record_of(sweep.folder, job).get("why") != CANCELLED:
+        (sweep.folder / "exits" / job).unlink(missing_ok=True)
     return ""
 
 
@@ -112,6 +116,9 @@ def _progress(run_dir: Path) -> str:
 
 def run(folder: str, array: str, scratch: str) -> NoReturn:
     """Becomes the trainer, in a task of a job. What a pickle of submitit calls: folder of the sweep, file of the array, Cluster.scratch."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT):  # submitit's handlers, while betons are copied
+        signal.signal(number, signal.SIG_DFL)
+    require_snapshot(Path(folder))
     sweep = read_sweep(Path(folder))
     become_trainer(sweep, point_of(sweep, Path(array)), scratch)
 
@@ -141,9 +148,12 @@ def trainer(sweep: Sweep, point: Point, scratch: str = "") -> list[str]:
 
 
 def require_snapshot(folder: Path) -> None:
-    """RuntimeError unless this file was imported from the sweep's code/: an editable install or the working folder can get in between."""
-    if folder.resolve() / "code" not in Path(__file__).resolve().parents:
-        raise RuntimeError(f"this job runs {Path(__file__).parent.parent} and not the snapshot below {folder / 'code'}: see PYTHONPATH")
+    """RuntimeError unless this file is of a sweep's code/: an editable install or the working folder can get in between."""
+    root, here = folder.resolve().parent, Path(__file__).resolve()
+    if not any(parent.name == "code" and parent.parent.parent == root for parent in here.parents):
+        raise RuntimeError(
+            f"this job runs {here.parent.parent} and not a snapshot of {folder}: see PYTHONPATH, and `python` of the cluster"
+        )
 
 
 # ------------------------------------------------------------------------------------------------- betons to the node's own disk
@@ -155,7 +165,7 @@ def staged(data: Path, scratch: Path) -> Path:
     The first process on the node copies, the others wait for it, tasks of other jobs too; a copy that is there already, with the size and
     the time of the original, is used. A folder of pictures is not copied.
     """
-    betons = sorted(path for path in data.iterdir() if path.is_file()) if (data / "train.beton").exists() else []
+    betons = sorted(data.glob("*.beton*")) if (data / "train.beton").exists() else []
     if not betons:
         return data
     if not scratch.is_absolute():  # else it would be a folder beside the code, on the shared disk
@@ -197,18 +207,19 @@ def end(sweep: Sweep, point: Point, job: str, code: int) -> None:
     """Records how the tasks ended, or has the job queued again if they were only stopped and Slurm itself does not do it."""
     if code and record_of(sweep.folder, job).get("why") == CANCELLED:
         return  # also where the tasks did not end before they were killed
-    if not was_stopped(code, int(os.environ.get("SLURM_NTASKS", 1))):
+    if not was_stopped(code, int(os.environ.get("SLURM_NTASKS", 1))) and not _said_stopped(sweep, point, job, code):
         record(sweep.folder, job, code, "" if code else "finished")
         return
     state = _ask(["squeue", "--noheader", "--jobs", job, "--format", "%T"])
-    if (
-        state is not None and state != "RUNNING"
-    ):  # cancelled, or being requeued by Slurm: a requeue of ours would undo the one or double the other
+    if state is None:  # it may be cancelled, which a requeue would undo
+        record(sweep.folder, job, None, f"stopped with code {code} while Slurm did not answer")
+        return
+    if state != "RUNNING":  # cancelled, or being requeued by Slurm itself
         print(f"cossl sweep: stopped with code {code}, job {job} is {state or 'over'}", file=sys.stderr)
         return
     print(f"cossl sweep: stopped with code {code}, queueing job {job} again", file=sys.stderr, flush=True)
     if _ask(["scontrol", "requeue", job]) is None:
-        record(sweep.folder, job, code, f"stopped, and `scontrol requeue {job}` failed on this node: go on by `cossl sweep retry --lost`")
+        record(sweep.folder, job, None, f"stopped, and `scontrol requeue {job}` failed on this node")
 
 
 def was_stopped(code: int, tasks: int) -> bool:
@@ -216,11 +227,25 @@ def was_stopped(code: int, tasks: int) -> bool:
     return code in STOPPED_CODES or (code == KILLED_CODE and tasks == 1)
 
 
+def _said_stopped(sweep: Sweep, point: Point, job: str, code: int) -> bool:
+    """Whether tasks were killed that had stopped: by srun, as the first of them had left, or by who asked them and had no patience."""
+    log, starts = sweep.run_dir(point) / "train.log", sweep.folder / "exits" / f"{job}.starts"
+    with contextlib.suppress(FileNotFoundError):
+        return code > 128 and last_words(log) == "stopped" and log.stat().st_mtime >= starts.stat().st_mtime
+    return False
+
+
+def slurm_environment() -> dict[str, str]:
+    """Without the variables by which squeue, sacct, scancel and scontrol would answer another question, or ask another cluster."""
+    others = ("SQUEUE_", "SACCT_", "SCANCEL_", "SLURM_CLUSTERS")
+    return {name: value for name, value in os.environ.items() if not name.startswith(others)}
+
+
 def _ask(command: Sequence[str]) -> str | None:
     """What the command prints; None, and its error is printed, if it fails three times, five seconds apart."""
     for attempt in range(3):
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=slurm_environment())
             if done.returncode == 0:
                 return done.stdout.strip()
             print(f"cossl sweep: {shlex.join(command)}: {done.stderr.strip()}", file=sys.stderr, flush=True)

@@ -6,7 +6,9 @@ nobody said how (a node died, a time limit was reached without a requeue); cance
 
 from __future__ import annotations
 
+import contextlib
 import os
+import platform
 import re
 import subprocess
 from collections import Counter
@@ -17,7 +19,7 @@ from typing import Literal, NamedTuple
 
 from cossl.models.run_status import FAILED, Run, flocked_inodes, is_running, last_words, read_run
 from cossl.slurm.folder import Job, Point, Sweep, results_of
-from cossl.slurm.point import CANCELLED, record_of
+from cossl.slurm.point import CANCELLED, record_of, slurm_environment
 
 State = Literal["new", "pending", "running", "done", "failed", "lost", "cancelled", "unknown"]
 STATES: tuple[State, ...] = ("done", "running", "pending", "failed", "lost", "cancelled", "unknown", "new")
@@ -54,43 +56,64 @@ class Standing:
 
 def standings(sweep: Sweep) -> list[Standing]:
     """Every point's, in the grid's order."""
-    locked, last = flocked_inodes(), sweep.last_jobs()
-    found = []
-    for point in sweep.points:
-        run_dir, job = sweep.run_dir(point), last.get(point.identity)
-        log = sweep.folder.parent / job.grid / job.log if job else None
-        found.append(Standing(point, "new", read_run(run_dir, point.run, locked), job, log=log))
-        if results_of(run_dir, point) is not None:
-            found[-1].state = "done"
-        elif is_running(run_dir / "lock", locked):
-            found[-1].state = "running"
-    open_ = [(one, one.job) for one in found if one.state not in ("done", "running") and one.job is not None]
-    at_slurm = [job.job for _, job in open_ if not job.is_local]
+    locked, jobs = flocked_inodes(), sweep.jobs_of()
+    found = [Standing(point, "new", read_run(sweep.run_dir(point), point.run, locked)) for point in sweep.points]
+    for one in found:
+        _look(one, sweep, locked)
+        _name(one, sweep, next(iter(jobs[one.point.identity]), None))
+    open_ = [(one, jobs[one.point.identity]) for one in found if one.state == "new" and one.job is not None]
+    at_slurm = [job.job for _, of in open_ for job in of if not job.is_local]
     queue = squeue() if at_slurm else Queue({})
     unexplained = [job for job in at_slurm if job not in queue.states]
     history = sacct(unexplained) if unexplained and not queue.error else {}
-    for one, job in open_:
-        _judge(one, job, sweep, queue, history)
+    for one, of in open_:
+        live = next((job for job in of if _is_live(job, queue)), of[0])  # of several submissions it is the one that counts
+        _name(one, sweep, live)
+        _judge(one, live, sweep, queue, history)
     return found
+
+
+def _look(one: Standing, sweep: Sweep, locked: frozenset[int] | None) -> None:
+    """Sets the state if the run's folder says all: done, or running where its lock is seen."""
+    run_dir = sweep.run_dir(one.point)
+    if results_of(run_dir, one.point) is not None:
+        one.state = "done"
+    elif is_running(run_dir / "lock", locked):
+        one.state = "running"
+
+
+def _name(one: Standing, sweep: Sweep, job: Job | None) -> None:
+    one.job, one.log = job, sweep.folder.parent / job.grid / job.log if job else None
+
+
+def _is_live(job: Job, queue: Queue) -> bool:
+    if job.is_local:
+        return job.host == platform.node() and is_sweeping(job.submitter)
+    state, _ = queue.states.get(job.job, ("", ""))
+    return bool(state) and state not in OVER
 
 
 def _judge(one: Standing, job: Job, sweep: Sweep, queue: Queue, history: dict[str, str]) -> None:
     """Sets state and detail of a point that was submitted, is not done, and holds no lock that can be seen from here."""
     state, reason = queue.states.get(job.job, ("", ""))
-    if job.is_local and is_sweeping(int(job.job.split("-")[1])):
-        one.state, one.detail = "pending", "starting"
+    if _is_live(job, queue):
+        running = state in RUNNING
+        one.state, one.detail = "running" if running else "pending", "" if running else reason or "waits for its turn"
     elif queue.error and not job.is_local:
         one.state, one.detail = "unknown", queue.error
-    elif state and state not in OVER:
-        one.state, one.detail = ("running", "") if state in RUNNING else ("pending", reason)
+    elif job.is_local and job.host != platform.node() and not record_of(sweep.folder.parent / job.grid, job.job):
+        one.state, one.detail = "unknown", f"ask on {job.host}, where it was started"
     else:
         _explain(one, job, sweep, state or history.get(job.job, ""))
 
 
 def _explain(one: Standing, job: Job, sweep: Sweep, over: str) -> None:
     """The state of a point whose job is over, without results; `over` is Slurm's word for it, "" if it has none any more."""
+    _look(one, sweep, flocked_inodes())  # again: it may have ended since, or another submission of it have begun
+    if one.state != "new":
+        return
     folder, run_dir = sweep.folder.parent / job.grid, sweep.run_dir(one.point)
-    record, words = record_of(folder, job.job), last_words(run_dir / "train.log")
+    record, words = record_of(folder, job.job), _words_since(run_dir / "train.log", job.time)
     if record.get("why") == CANCELLED or over == "CANCELLED":
         one.state, one.detail = "cancelled", ""
     elif record.get("code") == 0:
@@ -99,18 +122,32 @@ def _explain(one: Standing, job: Job, sweep: Sweep, over: str) -> None:
         one.state = "failed"
         one.detail = record.get("why") or error_of(folder / job.log, words) or over.lower() or f"exit code {record.get('code')}"
     else:
-        one.state, one.detail = "lost", over.lower().replace("_", " ") or "its job is over and left no word"
+        one.state, one.detail = "lost", record.get("why") or over.lower().replace("_", " ") or "its job is over and left no word"
+
+
+def _words_since(log: Path, start: float) -> str:
+    """The last line of train.log, unless it is of an earlier submission."""
+    with contextlib.suppress(FileNotFoundError):
+        return last_words(log) if log.stat().st_mtime >= start else ""
+    return ""
+
+
+NOT_AN_ERROR = ("srun: ", "slurmstepd", "cossl sweep: ", "submitit ")
 
 
 def error_of(log: Path, words: str) -> str:
     """The last line of the error: of the task that Slurm names as the first to fail, else of train.log, else of the first task."""
     said = tail(log.with_suffix(".err"))
     first = re.search(r"srun: error: \S+: tasks? (\d+).*: (?:Exited with exit code|Segmentation|Killed|Out Of Memory|Aborted)", said)
-    own = [line for line in said.splitlines() if line.strip() and not line.startswith(("srun: ", "slurmstepd: ", "cossl sweep: "))]
     if first and first[1] != "0":
-        theirs = tail(log.with_name(log.name.replace("_0_log.out", f"_{first[1]}_log.err"))).strip().splitlines()
-        return f"task {first[1]}: {theirs[-1]}" if theirs else f"task {first[1]} said nothing"
-    return words.removeprefix(FAILED) if words.startswith(FAILED) else own[-1].strip() if own else ""
+        theirs = _last_line(tail(log.with_name(log.name.replace("_0_log.out", f"_{first[1]}_log.err"))))
+        return f"task {first[1]}: {theirs or 'said nothing'}"
+    return words.removeprefix(FAILED) if words.startswith(FAILED) else _last_line(said)
+
+
+def _last_line(said: str) -> str:
+    own = [line.strip() for line in said.splitlines() if line.strip() and not line.startswith(NOT_AN_ERROR)]
+    return own[-1] if own else ""
 
 
 def tail(path: Path, most_bytes: int = 16_384) -> str:
@@ -139,7 +176,7 @@ def squeue() -> Queue:
     user = str(os.getuid())
     command = ["squeue", "--noheader", "--array", "--states=all", f"--user={user}", "--format=%i|%T|%r"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=slurm_environment())
     except (OSError, subprocess.TimeoutExpired) as error:
         return Queue({}, f"squeue: {error.strerror if isinstance(error, OSError) else 'no answer within 120 s'}")
     if done.returncode:
@@ -154,11 +191,23 @@ def sacct(jobs: Sequence[str]) -> dict[str, str]:
     arrays = sorted({job.partition("_")[0] for job in jobs}, key=int)
     command = ["sacct", "--allocations", "--noheader", "--parsable2", "--format=JobID,State", f"--jobs={','.join(arrays)}"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=slurm_environment())
     except (OSError, subprocess.TimeoutExpired):
         return {}
     rows = [line.split("|") for line in done.stdout.splitlines()] if not done.returncode else []
     return {row[0]: row[1].split()[0] for row in rows if len(row) == 2 and row[1]}  # "CANCELLED by 1000"
+
+
+def scancel(jobs: Sequence[str]) -> None:
+    """Cancels them. RuntimeError if Slurm does not."""
+    for first in range(0, len(jobs), 500):
+        some = jobs[first : first + 500]
+        try:
+            done = subprocess.run(["scancel", *some], capture_output=True, text=True, timeout=120, env=slurm_environment())
+        except subprocess.TimeoutExpired:
+            raise RuntimeError("scancel did not answer within 120 s: what is pending will not start; try again for what runs") from None
+        if done.returncode:
+            raise RuntimeError(f"scancel: {done.stderr.strip()}")
 
 
 # ------------------------------------------------------------------------------------------------- for people

@@ -8,8 +8,7 @@
   logs      what a point has printed
   collect   tables and figures
 
-GRID is heads, weighting, ablation_plan, backbone, receptive_field, local_weight, positions, crop_size, or a TOML file as slurm/grids.py
-shows it.
+GRID is heads, weighting, ablation_plan, backbone, receptive_field, local_weight, positions, crop_size, or a TOML file (see slurm/grids.py).
 A point is what its config says: submitted twice it runs once, one value changed makes a new one.
 Clusters are in ~/.config/cossl/clusters.toml (slurm/clusters.py); `--cluster local` is this machine, `--cluster debug` this process.
 After `--` come flags of `cossl train` for every point: cossl sweep submit heads --cluster ours --data in1k=/data/in1k -- --epochs 50
@@ -20,8 +19,9 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import platform
+import shlex
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,10 +34,11 @@ import tyro
 from cossl.models.flags import parse_flags
 from cossl.slurm import status
 from cossl.slurm.clusters import Cluster, load_cluster
-from cossl.slurm.folder import Point, Sweep, add_points, held, read_sweep, sweep_of
-from cossl.slurm.point import CANCELLED, record
+from cossl.slurm.folder import Job, Point, Sweep, add_points, held, read_sweep, sweep_of
+from cossl.slurm.point import CANCELLED, record, record_of
 
 Name = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="GRID")]
+OWN_GRIDS = "heads weighting ablation_plan backbone receptive_field local_weight positions crop_size".split()
 Root = Annotated[Path, tyro.conf.arg(metavar="DIR")]
 
 
@@ -47,8 +48,19 @@ def say(line: str) -> None:
 
 
 def folder_of(root: Path, grid: str) -> Path:
-    """Where the sweep of a grid is."""
-    return root.absolute() / Path(grid).stem
+    """Where the sweep of a grid is. ValueError where sbatch or another sweep would take the name for something else."""
+    stem = Path(grid).stem
+    if "%" in str(root.absolute()):
+        raise ValueError(f"--root {root}: sbatch puts numbers in the place of a % in the names of logs: choose a folder without")
+    if grid.endswith(".toml") and stem in ("points", *OWN_GRIDS):
+        raise ValueError(f"{grid}: {stem} is the name of {'the folder of all runs' if stem == 'points' else 'a grid of cossl'}: rename it")
+    return root.absolute() / stem
+
+
+def command(verb: str, sweep: Sweep, *flags: str) -> str:
+    """What the user types next, as it runs."""
+    root = sweep.folder.parent
+    return shlex.join(["cossl", "sweep", verb, sweep.grid, *flags, *(["--root", str(root)] if root != Path("sweeps").absolute() else [])])
 
 
 def opened(root: Path, grid: str) -> Sweep:
@@ -84,6 +96,8 @@ class PlanArgs:
     """Points at a time; 0 = as the cluster's record says."""
     root: Root = Path("sweeps")
     """Folder of all sweeps; for SLURM it must be shared by the nodes."""
+    new_code: bool = False
+    """Go on with the present source; otherwise a run that has a checkpoint goes on with the source that it began with."""
     images_per_s: float = 0.0
     """Pictures a second of one GPU to estimate GPU-hours with; 0 = from the benchmark file of that GPU."""
     bench: Path | None = None
@@ -121,7 +135,6 @@ def plan(argv: Sequence[str]) -> None:
 
 def submit(argv: Sequence[str]) -> None:
     """`cossl sweep submit`."""
-    from cossl.slurm import submit as submission
 
     args, cluster, sweep, points = planned("submit", argv)
     require_pictures(points)
@@ -133,14 +146,10 @@ def submit(argv: Sequence[str]) -> None:
         for state in status.STATES:
             count = sum(one.state == state for one in found)
             if count and state not in ("new", "cancelled"):
-                hint = f": cossl sweep retry {args.grid} --{state}" if state in ("failed", "lost") else ""
+                hint = f": {command('retry', sweep, f'--{state}')}" if state in ("failed", "lost") else ""
                 say(f"{count} of {len(found)} points {state}, left alone{hint}")
-        if cluster.kind == "slurm":
-            send(sweep, start, cluster, args.parallel, submission.submit_slurm)
-    if cluster.kind == "local":
-        send(sweep, start, cluster, args.parallel, submission.run_local)
-    elif cluster.kind == "debug":
-        submission.run_debug(sweep, start, say)
+        run_here = hand_over(sweep, start, cluster, args.parallel, args.new_code)
+    run_here()
 
 
 def require_pictures(points: Sequence[Point]) -> None:
@@ -153,14 +162,34 @@ def require_pictures(points: Sequence[Point]) -> None:
             raise ValueError(f"--data {data}: there is no such folder")
 
 
-def send(sweep: Sweep, points: Sequence[Point], cluster: Cluster, parallel: int, how: Callable[..., Any]) -> None:
-    """Submits the points, if there are any, and says what to do next."""
+def hand_over(sweep: Sweep, points: Sequence[Point], cluster: Cluster, parallel: int, new_code: bool) -> Callable[[], None]:
+    """Submits the points, or records them as this process's, while nobody else can; returns what is left to do when others may again."""
+    from cossl.slurm import submit as submission
+
+    parallel = parallel or cluster.parallel
     if not points:
         say("nothing to submit")
-        return
-    how(sweep, points, cluster, parallel or cluster.parallel, say)
-    root = "" if sweep.folder.parent == Path("sweeps").absolute() else f" --root {sweep.folder.parent}"
-    say(f"next: cossl sweep {'status' if cluster.kind == 'slurm' else 'collect'} {sweep.grid}{root}")
+    elif cluster.kind == "slurm":
+        submission.submit_slurm(sweep, points, cluster, parallel, say, new_code)
+        say(f"next: {command('status', sweep)}")
+    elif cluster.kind == "local":
+        jobs = submission.queue_local(sweep, points, cluster, say, new_code)
+        return lambda: run_here(sweep, jobs, cluster, parallel)
+    else:
+        return lambda: submission.run_debug(sweep, points, say)
+    return lambda: None
+
+
+def run_here(sweep: Sweep, jobs: Sequence[Job], cluster: Cluster, parallel: int) -> None:
+    """Runs them, and says what to do next, however it ends."""
+    from cossl.slurm import submit as submission
+
+    try:
+        submission.run_local(sweep, jobs, cluster, parallel, say)
+    except SystemExit as error:
+        say(f"stopped; go on with: {command('retry', sweep, '--lost')}" if error.code == 130 else f"next: {command('status', sweep)}")
+        raise
+    say(f"next: {command('collect', sweep)}")
 
 
 # ------------------------------------------------------------------------------------------------- status, retry, cancel, logs, collect
@@ -199,7 +228,7 @@ def show_status(argv: Sequence[str]) -> None:
                 say(f"  {one.point.name}, seed {one.point.seed}: {one.log}")
             for state in ("failed", "lost"):
                 if any(one.state == state for one in found):
-                    say(f"next: cossl sweep retry {args.grid} --{state}")
+                    say(f"next: {command('retry', sweep, f'--{state}')}")
         if not args.watch or not any(one.state in status.LIVE for one in found):
             return
         time.sleep(args.every_s)
@@ -225,37 +254,33 @@ class RetryArgs:
     """Default ~/.config/cossl/clusters.toml."""
     parallel: int = 0
     """Points at a time; 0 = as the cluster's record says."""
+    new_code: bool = False
+    """Go on with the present source; otherwise a run that has a checkpoint goes on with the source that it began with."""
     root: Root = Path("sweeps")
     """Folder of all sweeps."""
 
 
 def retry(argv: Sequence[str]) -> None:
     """`cossl sweep retry`."""
-    from cossl.slurm import submit as submission
 
     args = parse_flags(RetryArgs, argv, "cossl sweep retry", __doc__ or "")
     wanted = {state for state, asked in (("failed", args.failed), ("lost", args.lost)) if asked}
     if not wanted:
         raise ValueError("retry what? Give --failed, --lost, or both")
-    chosen: dict[str, list[Point]] = {}
     opened(args.root, args.grid)
+    chosen: dict[str, list[Point]] = {}
     with held(args.root.absolute()):
         sweep = opened(args.root, args.grid)  # as it is now: what another retry has submitted meanwhile is not lost any more
         again = [one for one in status.standings(sweep) if one.state in wanted]
-        if any(one.state == "lost" for one in again):  # Slurm calls a job NODE_FAIL for a second before it queues it again
+        if again:  # Slurm calls a job NODE_FAIL for a second before it queues it again
             time.sleep(LOOK_AGAIN_S)
             again = [one for one in status.standings(sweep) if one.state in wanted]
         for one in again:
             chosen.setdefault(args.cluster or (one.job.cluster if one.job else "local"), []).append(one.point)
         clusters = {name: load_cluster(name, args.cluster_file) for name in chosen}
-        for name, points in chosen.items():
-            if clusters[name].kind == "slurm":
-                send(sweep, points, clusters[name], args.parallel, submission.submit_slurm)
-    for name, points in chosen.items():
-        if clusters[name].kind == "local":
-            send(sweep, points, clusters[name], args.parallel, submission.run_local)
-        elif clusters[name].kind == "debug":
-            submission.run_debug(sweep, points, say)
+        left = [hand_over(sweep, points, clusters[name], args.parallel, args.new_code) for name, points in chosen.items()]
+    for run_them in left:
+        run_them()
     if not chosen:
         say(f"nothing {' or '.join(sorted(wanted))}")
 
@@ -275,21 +300,26 @@ class CancelArgs:
 def cancel(argv: Sequence[str]) -> None:
     """`cossl sweep cancel`."""
     args = parse_flags(CancelArgs, argv, "cossl sweep cancel", __doc__ or "")
-    sweep = opened(args.root, args.grid)
-    jobs = [one.job for one in status.standings(sweep) if one.state in status.LIVE and one.job is not None and one.job.grid == sweep.grid]
-    for job in jobs:
-        record(sweep.folder, job.job, None, CANCELLED)  # first: a job that is queued again in this moment does not start
-    for pid in {int(job.job.split("-")[1]) for job in jobs if job.is_local}:
-        if status.is_sweeping(pid):
+    opened(args.root, args.grid)
+    with held(args.root.absolute()):
+        sweep = opened(args.root, args.grid)
+        live = {one.point.identity for one in status.standings(sweep) if one.state in status.LIVE}
+        jobs = [job for job in sweep.jobs if job.point in live and job.grid == sweep.grid and not record_of(sweep.folder, job.job)]
+        for job in jobs:
+            record(sweep.folder, job.job, None, CANCELLED)  # first: a job that is queued again in this moment does not start
+        _stop_local(jobs)
+        status.scancel([job.job for job in jobs if not job.is_local])
+    say(f"{len(jobs)} jobs cancelled; cossl sweep submit starts them again, from their checkpoints")
+
+
+def _stop_local(jobs: Sequence[Job]) -> None:
+    for pid, host in {(job.submitter, job.host) for job in jobs if job.is_local}:
+        if host == platform.node() and status.is_sweeping(pid):
             os.kill(pid, signal.SIGTERM)
         else:
-            say(f"process {pid}, which started some of them, is not on this machine or no more: they go on, their lock files name them")
-    at_slurm = [job.job for job in jobs if not job.is_local]
-    for first in range(0, len(at_slurm), 500):
-        done = subprocess.run(["scancel", *at_slurm[first : first + 500]], capture_output=True, text=True, timeout=120)
-        if done.returncode:
-            raise RuntimeError(f"scancel: {done.stderr.strip()}")
-    say(f"{len(jobs)} jobs cancelled; cossl sweep submit starts them again, from their checkpoints")
+            say(
+                f"process {pid} of {host or 'a host'}, which started some, is not on this machine or no more: their lock files say who runs"
+            )
 
 
 @dataclass(frozen=True)
