@@ -58,7 +58,11 @@ class Published:
         self.root, self.labels = root, {name: label for label, name in enumerate(class_names)}
         self.class_folders: set[str] = set()
         """Those that were met so far, whether or not their name is one of `class_names`."""
-        self._folders = {path.name: path for path in sorted([*root.glob("*/"), *root.glob("*/*/")]) if path.name in CORRUPTIONS}
+        self._folders: dict[str, Path] = {}
+        for pattern in ("*", "*/*"):
+            for path in sorted(root.glob(pattern)):
+                if path.name in CORRUPTIONS and path.is_dir():
+                    self._folders.setdefault(path.name, path)
         self._tars = [root] if root.is_file() else sorted(root.glob("*.tar"))
         if not self._folders and not self._tars:
             raise ValueError(
@@ -77,7 +81,7 @@ class Published:
 
     def _of_folder(self, corruption: str, folder: Path) -> Iterator[Stored]:
         for severity in SEVERITIES:
-            classes = sorted(path for path in (folder / str(severity)).glob("*/"))
+            classes = sorted(path for path in (folder / str(severity)).glob("*") if path.is_dir())
             self.class_folders.update(path.name for path in classes)
             for path in (path for path in classes if path.name in self.labels):
                 for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
@@ -101,6 +105,9 @@ class Published:
                         data = archive.extractfile(member)
                         assert data is not None  # a plain file
                         yield Stored(*place, where, data.read())
+                file.seek(archive.offset)
+                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes a damaged header for the end
+                    raise tarfile.ReadError(f"it breaks off at byte {archive.offset:,}")
         except (tarfile.TarError, OSError, EOFError) as error:
             raise ValueError(f"{path} is no whole tar: {error}") from None
 
