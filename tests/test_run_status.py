@@ -67,7 +67,11 @@ STATES: dict[str, tuple[str, list[str], dict[str, Any]]] = {  # name: state, not
     "line half": ("stopped", ["metrics.jsonl ends in half a line"], {"metrics": json.dumps(LAST) + '\n{"st', "checkpoint": "last.pt"}),
     "line odd": ("stopped", ["metrics.jsonl damaged"], {"metrics": "[1]\n", "checkpoint": "last.pt"}),
     "line deep": ("stopped", ["metrics.jsonl damaged"], {"metrics": "[" * 30000 + "\n", "checkpoint": "last.pt"}),
-    "line huge": ("stopped", [], {"metrics": json.dumps(dict.fromkeys(LAST, 10**400)) + "\n", "checkpoint": "last.pt"}),
+    "line huge": (
+        "stopped",
+        [],
+        {"config": CONFIG | {"batch_size": 8}, "metrics": json.dumps(dict.fromkeys(LAST, 10**400)) + "\n", "checkpoint": "last.pt"},
+    ),
     "line endless": ("stopped", ["metrics.jsonl damaged"], {"metrics": b"\0" * 10**5, "checkpoint": "last.pt"}),
 }
 
