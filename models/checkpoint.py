@@ -178,4 +178,6 @@ def _rename(path: Path, name: Path) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """Of what it says, shortened and without what a terminal would obey: a file's own words may be in it."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return "".join(letter if letter.isprintable() else "?" for letter in line[:200])

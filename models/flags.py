@@ -37,10 +37,10 @@ def unflatten(kind: type[T], flat: Mapping[str, Any]) -> T:
     """
     kinds, own, parts = get_type_hints(kind), dict[str, Any](), dict[str, dict[str, Any]]()
     for key, value in flat.items():
-        name, _, rest = str(key).partition(".")
-        if name not in kinds or dataclasses.is_dataclass(kinds[name]) != bool(rest):
+        name, point, rest = str(key).partition(".")
+        if name not in kinds or dataclasses.is_dataclass(kinds[name]) != bool(point):
             raise ValueError(f"{_short(key)} is no setting of {kind.__name__}: it was made by another version")
-        if rest:
+        if point:
             parts.setdefault(name, {})[rest] = value
         else:
             own[name] = _of_kind(key, value, kinds[name])

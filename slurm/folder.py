@@ -99,15 +99,10 @@ def read_sweep(folder: Path) -> Sweep:
     """The sweep in a folder; empty if nothing was submitted there yet. ValueError naming the file if one is damaged."""
     path = folder / "sweep.json"
     try:
-        points = [_checked(Point(**point)) for point in _proved(read_object(path))["points"]] if path.exists() else []
+        points = [_checked(Point(**point)) for point in unsealed(read_object(path))["points"]] if path.exists() else []
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]:.200}): submit the grid again to another --root") from None
     return sweep_of(folder, points)
-
-
-def _proved(value: dict[str, Any]) -> dict[str, Any]:
-    """The content of a sealed object. Files of before there were seals have none. ValueError if it is not what was sealed."""
-    return unsealed(value) if "sha256" in value else value
 
 
 def _checked(point: Point) -> Point:
@@ -179,7 +174,8 @@ def held(root: Path, wait_s: float = 60) -> Iterator[None]:
 def results_of(run_dir: Path, point: Point) -> dict[str, Any] | None:
     """results.json, if the run is finished, its numbers are numbers, and its config.json is the point's but for where the pictures lie.
 
-    None in every other case: a file that is missing, damaged, or of another run is no result.
+    None in every other case: a file that is missing, damaged, or of another run is no result. Results of runs from before they had the hash
+    of their content are believed without.
     """
     results, config = _object(run_dir / "results.json"), _object(run_dir / "config.json")
     if results is None or config is None or any(config.get(k) != v for k, v in point.config.items() if k != "data"):
@@ -191,5 +187,6 @@ def results_of(run_dir: Path, point: Point) -> dict[str, Any] | None:
 
 def _object(path: Path) -> dict[str, Any] | None:
     with contextlib.suppress(OSError, ValueError):
-        return _proved(read_object(path))
+        value = read_object(path)
+        return unsealed(value) if "sha256" in value else value
     return None

@@ -244,6 +244,8 @@ def test_json_values_become_what_the_fields_are() -> None:
         ({"part.colour": 1}, "'colour' is no setting of Part"),
         ({"part": {}}, "'part' is no setting"),
         ({"count.x": 1}, r"'count\.x' is no setting"),
+        ({"count.": 1}, r"'count\.' is no setting"),
+        ({"part.": 1}, "'' is no setting of Part"),
         ({3: 1}, "3 is no setting"),
         ({"count": 1.0}, r"count = 1\.0: expected int"),
         ({"count": True}, "count = True: expected int"),

@@ -17,6 +17,7 @@ from finished_sweeps import HEADS, NASTY, PROTOCOL, crossed_sweep, finish, nasty
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cossl.models.flags import sealed
 from cossl.slurm.collect import as_csv, as_latex, as_markdown, collect, notes, tables, write
 from cossl.slurm.figures import draw_accuracy
 from cossl.slurm.outcomes import DONE, Collected, Outcome, Setting
@@ -409,7 +410,7 @@ def test_a_figure_that_fails_leaves_the_one_before(crossed: Collected, tmp_path:
 
 def test_a_sweep_is_collected_without_torch(tmp_path: Path) -> None:
     (tmp_path / "heads").mkdir()
-    (tmp_path / "heads" / "sweep.json").write_text(json.dumps({"points": [point({})._asdict()]}))
+    (tmp_path / "heads" / "sweep.json").write_text(json.dumps(sealed({"points": [point({})._asdict()]})))
     code = (
         "import sys, pathlib\n"
         "from cossl.slurm.folder import read_sweep\n"
