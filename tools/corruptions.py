@@ -9,8 +9,9 @@ What a command needs of it:
 - `evaluate_imagenet_c(predict, root, px, class_names, device)`: the published set below `root`; of its classes those count that the head
   knows, by the names of their folders.
 - Both return the same: `severities`, `clean_top1` (percent; None for the published set), `top1` {corruption: [percent at each severity, or
-  None where it is missing]}, `mean_top1`, `mean_top1_over` (how many numbers that is the mean of), `mean_corruption_error` (percent, or
-  None) with `mean_corruption_error_over`, `missing` {corruption: why}, `pictures`. All of it goes into JSON as it is.
+  None where it is missing]}, `mean_top1`, `mean_top1_over` (how many numbers that is the mean of), `mean_corruption_error` (percent; None
+  for other than the 1000 classes of ImageNet) with `mean_corruption_error_over`, `missing` {corruption: why}, `pictures`, `classes` that
+  the head tells apart. All of it goes into JSON as it is.
 - `corruption_table(result)`: {"columns", "rows"}. `draw_corruptions({run: result}, path)`: the figure, ImportError without matplotlib.
 - `mean_corruption_error({corruption: [error at severities 1 to 5, of 1]})`: percent.
 """
@@ -62,7 +63,9 @@ ALEXNET_ERROR = {
     "pixelate": 0.717840,
     "jpeg_compression": 0.606500,
 }
-"""Of all 1000 classes of ImageNet, the mean of five severities: what a corruption error is the ratio to (mmpretrain's CorruptionError)."""
+"""Of all classes of ImageNet, the mean of five severities: what a corruption error is the ratio to (mmpretrain's CorruptionError)."""
+ALEXNET_CLASSES = 1000
+"""Of other classes there is no corruption error: ten are easier to tell apart than a thousand, for AlexNet too."""
 
 NO_FROST = "needs photographs of frost: give --frost-dir"
 
@@ -82,12 +85,17 @@ def mean_corruption_error(errors: Mapping[str, Sequence[float]]) -> float:
 
 
 def summary(
-    top1: dict[str, list[float | None]], severities: Sequence[int], clean: float | None, missing: dict[str, str], pictures: int
+    top1: dict[str, list[float | None]],
+    severities: Sequence[int],
+    clean: float | None,
+    missing: dict[str, str],
+    pictures: int,
+    classes: int,
 ) -> dict[str, Any]:
-    """The result of either evaluation, with its means over what is there."""
+    """The result of either evaluation, with its means over what is there; `classes` that the head tells apart and the pictures are of."""
     counted = [value for name, of in top1.items() if name in NAMES for value in of if value is not None]
     whole = {name: [1 - value / 100 for value in of if value is not None] for name, of in top1.items() if name in ALEXNET_ERROR}
-    whole = {name: errors for name, errors in whole.items() if len(errors) == len(SEVERITIES)}
+    whole = {name: errors for name, errors in whole.items() if len(errors) == len(SEVERITIES) and classes == ALEXNET_CLASSES}
     return {
         "severities": list(severities),
         "clean_top1": clean,
@@ -98,6 +106,7 @@ def summary(
         "mean_corruption_error_over": len(whole),
         "missing": missing,
         "pictures": pictures,
+        "classes": classes,
     }
 
 
@@ -123,10 +132,12 @@ def evaluate_corruptions(
     made = [name for name in names if name not in missing]
     hits = torch.zeros(1 + len(made) * len(severities), dtype=torch.int64, device=device)
     batches: Batches = pictures if isinstance(pictures, Iterable) else batches_of(pictures, device, "corruptions")
-    seen = 0
+    seen = classes = 0
     for images, normalized, labels, *indexed in batches:
         index = indexed[0] if indexed else torch.arange(seen, seen + len(images), device=device)
-        hits[0] += (predict(normalized).argmax(1) == labels).sum()
+        logits = predict(normalized)
+        classes = logits.shape[1]
+        hits[0] += (logits.argmax(1) == labels).sum()
         for i, (name, severity) in enumerate((name, severity) for name in made for severity in severities):
             corrupted = normalize(corrupt(images, index, name, severity, seed, frost))
             hits[1 + i] += (predict(corrupted).argmax(1) == labels).sum()
@@ -137,7 +148,7 @@ def evaluate_corruptions(
     top1: dict[str, list[float | None]] = {name: [None] * len(severities) for name in names}
     for i, name in enumerate(made):
         top1[name] = rest[i * len(severities) : (i + 1) * len(severities)]
-    return summary(top1, severities, clean, missing, seen)
+    return summary(top1, severities, clean, missing, seen, classes)
 
 
 @torch.inference_mode()
@@ -145,8 +156,8 @@ def evaluate_imagenet_c(predict: Predict, root: Path, px: int, class_names: Sequ
     """The same of the published pictures, of which the centre of px x px counts (224: all of it) and nothing is resized.
 
     `class_names` are the head's, in the order of its logits: names of class folders (wnid). Pictures of other classes are passed over.
-    Beside the common fields: how many `classes` the head has, `classes_found` and `class_folders` there are, and `pictures_each`
-    {corruption: [at each severity]}.
+    Beside the common fields: `classes_found`, how many of the head's, of how many `class_folders`, and `pictures_each` {corruption: [at
+    each severity]}. There is no mean corruption error unless all the head's are found.
     What is not there, or not whole, is named in `missing`. ValueError for none, for classes of which none is known, and for damage.
     """
     published = Published(root, class_names)
@@ -168,8 +179,9 @@ def evaluate_imagenet_c(predict: Predict, root: Path, px: int, class_names: Sequ
     top1 = {name: [100 * h / n if n else None for h, n in zip(of[name], each[name], strict=True)] for name in each}
     folders = published.class_folders
     found = {"classes_found": len(folders & set(class_names)), "class_folders": len(folders)}
-    own = {"classes": len(class_names), **found, "pictures_each": each}
-    return summary(top1, SEVERITIES, None, _gaps(each), int(seen.sum())) | own
+    classes = len(class_names) if found["classes_found"] == len(class_names) else 0
+    result = summary(top1, SEVERITIES, None, _gaps(each), int(seen.sum()), classes)
+    return result | {"classes": len(class_names), **found, "pictures_each": each}
 
 
 def _gaps(each: Mapping[str, Sequence[int]]) -> dict[str, str]:
@@ -187,18 +199,19 @@ def _gaps(each: Mapping[str, Sequence[int]]) -> dict[str, str]:
 
 
 def corruption_table(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Top-1 in percent, a row for each corruption and one for the mean; what is missing is called so."""
-    columns = ["corruption", "family", *(f"severity {s}" for s in result["severities"]), "mean", "CE, percent"]
+    """Top-1 in percent, a row for each corruption and one for the mean; what is missing is called so. CE only where there is one."""
+    over = result["mean_corruption_error_over"]
+    columns = ["corruption", "family", *(f"severity {s}" for s in result["severities"]), "mean", *(["CE, percent"] if over else [])]
     rows: list[list[Any]] = []
     for name, of in result["top1"].items():
         found = [value for value in of if value is not None]
         whole = name in ALEXNET_ERROR and len(found) == len(SEVERITIES)
         ratio = mean_corruption_error({name: [1 - value / 100 for value in found]}) if whole else None
         mean = sum(found) / len(found) if found else None
-        rows.append([name, CORRUPTIONS[name].family, *(_shown(value) for value in of), _shown(mean), _shown(ratio)])
-    over = f"mean of {result['mean_top1_over']} numbers, of mCE {result['mean_corruption_error_over']} of {len(NAMES)}"
-    blank = ["" for _ in result["severities"]]
-    rows.append([over, "", *blank, _shown(result["mean_top1"]), _shown(result["mean_corruption_error"])])
+        rows.append([name, CORRUPTIONS[name].family, *map(_shown, of), _shown(mean), *([_shown(ratio)] if over else [])])
+    what = f"mean of {result['mean_top1_over']} numbers" + (f", of mCE {over} of {len(NAMES)}" if over else "")
+    last = [_shown(result["mean_top1"]), *([_shown(result["mean_corruption_error"])] if over else [])]
+    rows.append([what, "", *("" for _ in result["severities"]), *last])
     return {"columns": columns, "rows": rows}
 
 
@@ -225,21 +238,25 @@ def draw_corruptions(results: Mapping[str, Mapping[str, Any]], path: Path) -> No
     names = {family: found for family, found in names.items() if found}
     if not names:
         raise ValueError("there is no corruption that every run has at all of its severities: nothing to draw")
-    figure = Figure(figsize=(3.3 * len(names) + 0.4, 4.1), layout="constrained")
-    for axes, (family, found) in zip(figure.subplots(1, len(names), squeeze=False, sharey=True)[0], names.items(), strict=True):
+    columns = 3 if len(names) > 4 else min(2, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(3.6 * columns + 0.4, 3.4 * rows + 0.4), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
+    for empty in panels[len(names) :]:
+        empty.remove()
+    for axes, (family, found) in zip(panels, names.items(), strict=False):
         for which, (run, result) in enumerate(results.items()):
             means = [sum(at) / len(at) for at in zip(*(result["top1"][name] for name in found), strict=True)]
             clean = [] if result["clean_top1"] is None else [(0, result["clean_top1"])]
             look = {"marker": MARKERS[which % len(MARKERS)], "color": COLOURS[which % len(COLOURS)]}
             axes.plot(*zip(*clean, *zip(result["severities"], means, strict=True), strict=True), label=_plain(run), **look)
-        axes.set_title(f"{family}\n", fontsize=11)
+        axes.set_title(family, fontsize=11, pad=30)  # room for two lines of names
         axes.text(0.5, 1.02, _wrapped(found), transform=axes.transAxes, ha="center", va="bottom", fontsize=9, color="0.35")
-        axes.set_xlabel("severity")
+        axes.set(xlabel="severity", ylabel="top-1, percent" if axes in panels[::columns] else "")
         axes.set_xticks(sorted({0, *(s for result in results.values() for s in result["severities"])}))
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("top-1, percent")
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), frameon=False)
     part = path.with_name(path.name + ".part")
     figure.savefig(part, dpi=150, format="png")
     part.replace(path)
