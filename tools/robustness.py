@@ -66,7 +66,7 @@ class RobustnessArgs:
     """pgd: steps of the gradient."""
 
     relative_step: float = 0.1
-    """pgd: length of a step as a share of eps."""
+    """pgd: length of a step as a share of eps. Trap: with --steps times this below 2 a random start may lie too far from the worst place."""
 
     shares: tuple[float, ...] = tuple(i / 10 for i in range(10))
     """internal: share of the feature map's positions."""
@@ -187,7 +187,7 @@ def _ask_pgd(judge: Judge, args: RobustnessArgs) -> dict[str, Any]:
         means[f"{name}, {NORMS[norm]}"] = mean = round(sum(top1) / len(top1), 3)
         rows += [[name, NORMS[norm], size, value] for size, value in zip(eps[norm], top1, strict=True)]
         rows.append([name, NORMS[norm], "mean", mean])
-        curves.append(curve(f"{name}, {NORMS[norm]}", f"eps, {NORMS[norm]} norm in pixels of 0 to 1", eps[norm], top1, True, clean))
+        curves.append(curve(f"{name}, {NORMS[norm]}", f"eps: {NORMS[norm]} norm, pixels being 0 to 1", eps[norm], top1, True, clean))
     columns = ["attack", "norm", "eps", TOP1]
     return _result("Accuracy on adversarial pictures", columns, rows, curves, clean, judge) | {"means": means}
 
@@ -270,7 +270,8 @@ def _ask_corruptions(judge: Judge, args: RobustnessArgs) -> dict[str, Any]:
 
 
 def _imagenet_c_settings(judge: Judge, args: RobustnessArgs) -> dict[str, Any]:
-    return {"imagenet_c": str(args.imagenet_c), "split": "ImageNet-C", "pictures": "all", "of_pictures": "all", "chosen": "all"}
+    every = dict.fromkeys(("pictures", "of_pictures", "chosen"), "all")
+    return {"imagenet_c": str(args.imagenet_c), "split": "ImageNet-C", **every, "centre_frac": "the centre of px x px, not resized"}
 
 
 def _ask_imagenet_c(judge: Judge, args: RobustnessArgs) -> dict[str, Any]:
@@ -279,7 +280,7 @@ def _ask_imagenet_c(judge: Judge, args: RobustnessArgs) -> dict[str, Any]:
     return {"title": "Accuracy on ImageNet-C", "table": corruptions.corruption_table(result), **result}
 
 
-CURVES, CORRUPTIONS = ("curves", "classes", "title"), ("top1", "severities", "clean_top1", "mean_top1")
+CURVES, CORRUPTIONS = ("curves", "classes"), ("top1", "severities", "clean_top1", "mean_top1")
 FAMILIES: dict[str, Family] = {
     "pgd": Family(_pgd_settings, _ask_pgd, draw_curves, CURVES, 3, TOP1),
     "internal": Family(_internal_settings, _ask_internal, draw_curves, CURVES, 3, TOP1),
@@ -316,7 +317,7 @@ def _done(path: Path, family: Family) -> dict[str, Any] | None:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    whole = isinstance(found, dict) and {"protocol", "table", *family.drawn} <= found.keys()
+    whole = isinstance(found, dict) and {"protocol", "table", "title", "pictures", *family.drawn} <= found.keys()
     return found if whole else None
 
 

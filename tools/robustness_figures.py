@@ -9,12 +9,14 @@ from typing import Any
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 """Okabe and Ito's, told apart by the colour-blind too; with the markers, 56 different looks."""
 MARKERS = "osD^vPX*"
-COLUMNS = 3
+COLUMNS = 2
 
 
 def curve(name: str, x_label: str, x: Sequence[float], top1: Sequence[float], log: bool = False, unchanged: float | None = None) -> Any:
     """What a result holds to be drawn: top-1 in percent against x, and where it is not on the curve, that of the unchanged pictures."""
-    return {"name": name, "x_label": x_label, "x": list(x), "top1": list(top1), "log": log, "unchanged_top1": unchanged}
+    points = sorted(zip(x, top1, strict=True))
+    own = {"x": [point[0] for point in points], "top1": [point[1] for point in points]}
+    return {"name": name, "x_label": x_label, **own, "log": log, "unchanged_top1": unchanged}
 
 
 def draw_curves(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:

@@ -40,8 +40,8 @@ class Classifier(NamedTuple):
 
     def of_pixels(self, x: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b m"]:
         """Logits of pictures in [0, 1]."""
-        mean, std = (torch.tensor(value, device=x.device).view(3, 1, 1) for value in (IMAGENET_MEAN, IMAGENET_STD))
-        return self((x - mean) / std)
+        channels = zip(x.unbind(1), IMAGENET_MEAN, IMAGENET_STD, strict=True)  # numbers: a tensor of them would be copied at each call
+        return self(torch.stack([(channel - mean) / std for channel, mean, std in channels], 1))
 
     def of_map(self, y: Float[Tensor, "b c n n"]) -> Float[Tensor, "b m"]:
         """Logits of feature maps before pooling."""
