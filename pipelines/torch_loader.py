@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,6 +25,18 @@ from torch.utils.data import DataLoader, Dataset
 from cossl.pipelines.batch import Batch, LoaderSpec, fill
 from cossl.pipelines.beton import Beton, list_image_folder
 from cossl.pipelines.geometry import box_fractions, sample_views
+
+
+class Pictures(Protocol):
+    """A set of pictures; `open` gives the RGB picture of an index, and `pages` the pages that pictures lie on in a beton."""
+
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    pages: Any
+
+    def __len__(self) -> int: ...
+
+    def open(self, index: int) -> Image.Image: ...
 
 
 class Folder:
@@ -71,7 +84,7 @@ def open_pictures(path: Path) -> Folder | BetonPictures:
 class _Cutter(Dataset):
     """(epoch, index) to the views of one picture, in a worker process."""
 
-    def __init__(self, pictures: Folder | BetonPictures, spec: LoaderSpec):
+    def __init__(self, pictures: Pictures, spec: LoaderSpec):
         self.pictures, self.spec = pictures, spec
         self.rows = np.stack([view.row() for view in spec.recipe])
 
@@ -94,10 +107,11 @@ class _Cutter(Dataset):
 
 
 class TorchLoader:
-    """`Loader` over an image folder or a beton, with `spec.workers` processes."""
+    """`Loader` over an image folder, a beton, or pictures from elsewhere, with `spec.workers` processes."""
 
-    def __init__(self, path: Path, spec: LoaderSpec):
-        self.pictures, self.spec = open_pictures(path), spec
+    def __init__(self, path: Path | Pictures, spec: LoaderSpec):
+        self.pictures: Pictures = open_pictures(path) if isinstance(path, Path) else path
+        self.spec = spec
         self.class_names = self.pictures.class_names
         len(self)
         self._cutter = _Cutter(self.pictures, spec)

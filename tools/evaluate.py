@@ -1,0 +1,313 @@
+"""`cossl eval RUN`: how much the frozen representation of a run says about labels, by the protocols that papers use.
+
+Tasks, each with its result in <run>/eval/<task>.json (and figures beside it):
+  knn         weighted kNN on unit vectors (Wu et al. 2018), every --k and --temperature in one search
+  linear      a linear probe: every pair of --base-lrs and --weight-decays is a classifier of its own, all trained in the same passes over
+              the data (as DINOv2's) by SGD with momentum 0.9 and a cosine to 0; the best is chosen on a part held out of train, never on
+              val, and trained again on all of train. Top-1, top-5, accuracy of every class, confusion figure; with `--features position`
+              one probe for every position of the feature map, and a map of their accuracies
+  fewshot-1   the same probe on 1 % of the labels of every class, at least one picture of each
+  fewshot-10  on 10 %
+
+Vectors are computed once, kept in <run>/eval/cache and used by all tasks, and by the next call; where they do not fit into --memory-gib
+the linear probe computes them anew in every epoch. A killed call goes on when it is given again: what has its result is skipped unless
+settings, pictures or checkpoint changed. Several processes (torchrun, srun) share the pictures and the kNN; the first alone trains the
+probes. 12 x 12 pixels, the floor of every table, go through the same protocols.
+
+Examples:
+  cossl eval runs/in1k-2026-01-31-120000
+  cossl eval RUN --tasks linear --features global local_mean position --epochs 100
+  cossl eval RUN --tasks knn linear --dataset pets --dataset-root ~/data
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import tyro
+from tqdm import tqdm
+
+from cossl.models.flags import parse_flags
+from cossl.models.launch import first_rank, join, leave, say
+from cossl.models.parallel import ALONE
+from cossl.models.probe import knn_top1s
+from cossl.tools.eval_features import PIXELS, PictureSet, Subject, checkpoint_path, dataset_set, features, folder_set, gib, label_of, shapes
+from cossl.tools.eval_linear import ProbeSettings, linear
+from cossl.tools.opened import Opened, data_of, open_run, stamp, write_result
+
+FeatureName = Literal["global", "local_mean", "position"]
+
+
+@dataclass(frozen=True)
+class EvalArgs:
+    """The command line of `cossl eval`; each field's text is its help."""
+
+    run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """A run's folder."""
+
+    tasks: tuple[str, ...] = ("knn", "linear", "fewshot-1", "fewshot-10")
+    """Which of the tasks above."""
+
+    features: tuple[FeatureName, ...] = ("global", "local_mean")
+    """global: the vector Y after pooling and the MLP behind it. local_mean: the mean of the local vectors, without that MLP (the same as
+    global where there is none). position: each local vector by itself, for the linear probes."""
+
+    data: Path | None = None
+    """Other pictures than the run's own: a folder with train.beton and val.beton, or with image folders train/ and val/."""
+
+    dataset: Literal["cifar10", "cifar100", "flowers102", "pets", "dtd", "stl10"] | None = None
+    """Pictures of a torchvision dataset instead, whose files lie in --dataset-root; nothing is downloaded. flowers102 and dtd are trained
+    on train and val together; all are tested on test."""
+
+    dataset_root: Path | None = None
+    """The folder that torchvision calls root."""
+
+    px: int = 0
+    """Side of the pictures; 0 means the run's --eval-px."""
+
+    centre_frac: float = 224 / 256
+    """The central square that is seen, as a fraction of the shorter side: 0.875 is the usual 224 of 256."""
+
+    k: tuple[int, ...] = (10, 20, 100, 200)
+    """Neighbours of the kNN (these are DINO's)."""
+
+    temperature: tuple[float, ...] = (0.07,)
+    """A neighbour votes with exp(cosine / temperature)."""
+
+    epochs: int = 90
+    """Passes of the linear probes over train; 100 is usual too."""
+
+    batch_size: int = 256
+    """Pictures per step of the linear probes; of a smaller set all of it."""
+
+    base_lrs: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+    """Learning rates of the probes, per 256 pictures, for vectors of zero mean and mean square length 1 (they are scaled to that)."""
+
+    weight_decays: tuple[float, ...] = (0.0, 1e-5, 1e-3)
+    """Weight decays, each with every learning rate."""
+
+    held_out_frac: float = 0.1
+    """Part of every class of train on which the best probe is chosen."""
+
+    refit: bool = True
+    """Train the best one again on all of train; --no-refit takes it as it is."""
+
+    augment: bool = False
+    """Train the linear probe on random crops and flips, new ones in each epoch: the whole network then runs in every epoch."""
+
+    seed: int = 0
+    """Of what is held out, of the few shots, and of the order of the pictures."""
+
+    memory_gib: float = 16.0
+    """Memory for vectors, and for probes that are trained at once."""
+
+    workers: int = 0
+    """Threads or processes that decode; 0 means as many as the run had."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes the GPU if there is one."""
+
+    checkpoint: str = ""
+    """Another checkpoint of the run than the newest, such as epoch-0050.pt; the results then bear its name."""
+
+    out: Path | None = None
+    """Folder of the results instead of <run>/eval."""
+
+    redo: bool = False
+    """Do again what has a result with these settings."""
+
+    keep_cache: bool = True
+    """--no-keep-cache removes the vectors once all tasks are done."""
+
+    def __post_init__(self) -> None:
+        for task in self.tasks:
+            if task not in TASKS:
+                raise ValueError(f"--tasks {task}: expected some of {', '.join(TASKS)}")
+        for name, low in {
+            "k": 1,
+            "epochs": 1,
+            "batch_size": 1,
+            "base_lrs": 0,
+            "weight_decays": 0,
+            "seed": 0,
+            "workers": 0,
+            "px": 0,
+        }.items():
+            given = getattr(self, name)
+            if not all(value >= low for value in (given if isinstance(given, tuple) else (given,))) or given == ():
+                raise ValueError(f"--{name.replace('_', '-')} {given}: expected {low} or more")
+        if not self.tasks or not self.features or not self.temperature or min(self.temperature) <= 0:
+            raise ValueError("--tasks, --features and --temperature: expected at least one of each, temperatures above 0")
+        if not 0 < self.held_out_frac < 1:
+            raise ValueError(f"--held-out-frac {self.held_out_frac}: expected more than 0 and less than 1")
+        if not 0 < self.centre_frac <= 1 or self.memory_gib <= 0:
+            raise ValueError(f"--centre-frac {self.centre_frac}, --memory-gib {self.memory_gib}: expected 0 to 1, and more than 0")
+        if (self.dataset is None) != (self.dataset_root is None) or (self.dataset and self.data):
+            raise ValueError("--dataset and --dataset-root go together, without --data")
+
+
+class Task(NamedTuple):
+    """One protocol: what of the settings it depends on, and how it is done."""
+
+    title: str
+    settings: Callable[[EvalArgs], dict[str, Any]]
+    """Plain values: a result is done again when they change."""
+    run: Callable[[Subject, EvalArgs, str, Path], dict[str, Any]]
+    """(subject, arguments, name of the result, its folder) to `table`, `figures` (written there) and content of its own."""
+    all_ranks: bool = False
+    """Every process takes part and returns the result; else the first alone, after the others have left."""
+
+
+# ------------------------------------------------------------------------------------------------- kNN
+
+
+def knn_settings(args: EvalArgs) -> dict[str, Any]:
+    return {"k": sorted(set(args.k)), "temperature": list(args.temperature), "vote": "exp(cosine / temperature)"}
+
+
+def knn(subject: Subject, args: EvalArgs, name: str, out: Path) -> dict[str, Any]:
+    """Every k and temperature for each feature that is one vector."""
+    names = [*(each for each in args.features if each != "position"), PIXELS]
+    needed = sum(gib(subject, shapes(subject, names), split) for split in ("train", "val"))
+    if needed > args.memory_gib:
+        raise ValueError(f"the vectors of the kNN take {needed:.1f} GiB: raise --memory-gib, or give fewer --features")
+    train, val = (features(subject, split, names) for split in ("train", "val"))
+    device, (train_y, val_y) = subject.run.device, (y.to(subject.run.device) for y in subject.pictures.labels.values())
+    rows: list[list[Any]] = []
+    for each in names:
+
+        def bar(parts: list[Any], what: str = f"kNN, {label_of(each)}") -> Iterable[Any]:
+            return tqdm(parts, desc=what, disable=subject.ranks.rank > 0 or not sys.stderr.isatty(), leave=False)
+
+        train_x, val_x = (x[each][0].to(device) for x in (train, val))
+        tops = knn_top1s(train_x, train_y, val_x, val_y, args.k, args.temperature, subject.ranks, bar)
+        rows += [[label_of(each), k, temperature, round(top, 2)] for (k, temperature), top in tops.items()]
+    return {"table": {"columns": ["features", "k", "temperature", "top-1 %"], "rows": rows}, "figures": []}
+
+
+# ------------------------------------------------------------------------------------------------- linear probes
+
+
+def probe_settings(args: EvalArgs, percent: int) -> ProbeSettings:
+    grid = (args.epochs, args.batch_size, args.base_lrs, args.weight_decays)
+    return ProbeSettings(*grid, args.held_out_frac, args.refit, args.augment and percent == 100, args.seed, percent)
+
+
+def linear_task(title: str, percent: int = 100) -> Task:
+    """A linear probe on a part of the labels."""
+
+    def run(subject: Subject, args: EvalArgs, name: str, out: Path) -> dict[str, Any]:
+        return linear(subject, probe_settings(args, percent), args.features, name, out, args.memory_gib)
+
+    return Task(title, lambda args: probe_settings(args, percent).protocol(), run)
+
+
+TASKS: dict[str, Task] = {
+    "knn": Task("Weighted kNN", knn_settings, knn, all_ranks=True),
+    "linear": linear_task("Linear probe"),
+    "fewshot-1": linear_task("Linear probe on 1 % of the labels", 1),
+    "fewshot-10": linear_task("Linear probe on 10 % of the labels", 10),
+}
+
+# ------------------------------------------------------------------------------------------------- the command
+
+
+def picture_set(run: Opened, args: EvalArgs) -> PictureSet:
+    """The pictures asked for, else those that the run was trained on."""
+    if args.dataset is not None and args.dataset_root is not None:
+        return dataset_set(args.dataset, args.dataset_root)
+    return folder_set(data_of(run, args.data), run.config.loader)
+
+
+def result_name(task: str, args: EvalArgs, pictures: PictureSet) -> str:
+    """`linear`, and with what makes it another than the run's own: `linear-pets`, `linear-epoch-0050`."""
+    words = [task, pictures.name if args.data or args.dataset else "", Path(args.checkpoint).stem]
+    return "-".join(re.sub(r"[^\w.+-]+", "_", word) for word in words if word)
+
+
+def protocol_of(task: Task, subject: Subject, args: EvalArgs) -> dict[str, Any]:
+    """All that a result of this task depends on, as JSON gives it back."""
+    network = {
+        "checkpoint": subject.checkpoint.name,
+        "step": subject.run.encoder.step,
+        "checkpoint_bytes_time": subject.key()["checkpoint"],
+    }
+    cut = {"crop_px": subject.px, "centre_frac": subject.centre_frac, "features": list(args.features)}
+    whole = network | {"dataset": subject.pictures.name, "pictures": subject.pictures.identity} | cut | task.settings(args)
+    found: dict[str, Any] = json.loads(json.dumps(whole))
+    return found
+
+
+def done_before(path: Path, protocol: dict[str, Any]) -> dict[str, Any] | None:
+    """The result that is there already, if it is of this protocol."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        return result if result["protocol"] == protocol and result["table"]["rows"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def table(result: dict[str, Any]) -> Iterator[str]:
+    """A result for people, line by line."""
+    rows = [result["table"]["columns"], *([_shown(value) for value in row] for row in result["table"]["rows"])]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    yield f"\n{result['title']}"
+    for row in rows:
+        yield "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+
+
+def _shown(value: Any) -> str:
+    return "-" if value is None else value if isinstance(value, str) else f"{value:.6g}"
+
+
+def one_task(name: str, subject: Subject, args: EvalArgs) -> None:
+    """Does it, unless it has its result; writes and says it. Every rank that takes part has to call it."""
+    task, run = TASKS[name], subject.run
+    title, out = result_name(name, args, subject.pictures), args.out or run.run_dir / "eval"
+    protocol = protocol_of(task, subject, args)
+    before = None if args.redo else first_rank(lambda: done_before(out / f"{title}.json", protocol))
+    if before is not None:
+        say("\n".join(table(before)) + "\n(done before; --redo does it again)")
+        return
+    found = {"title": f"{task.title}, {subject.pictures.name}"} | task.run(subject, args, title, out)
+    result = found | stamp(run, **protocol)
+    if subject.ranks.rank == 0:
+        path = write_result(run, "eval", title, result, args.out)
+        say("\n".join(table(result)) + f"\n{path}")
+
+
+def leave_out_twins(run: Opened, args: EvalArgs) -> EvalArgs:
+    """Without local_mean where it is the global vector itself."""
+    if run.config.model.mlp_after_pool or not {"global", "local_mean"} <= set(args.features):
+        return args
+    say("local_mean is left out: this network has no MLP after pooling, so it is the global vector")
+    return replace(args, features=tuple(name for name in args.features if name != "local_mean"))
+
+
+def eval_main(argv: Sequence[str]) -> None:
+    """`cossl eval`. Raises ValueError, OSError or ImportError for a user's mistake."""
+    args = parse_flags(EvalArgs, argv, "cossl eval", __doc__ or "")
+    run = open_run(args.run, args.device, args.checkpoint)
+    ranks = join(run.device)
+    try:
+        args = leave_out_twins(run, args)
+        folder, workers = args.out or run.run_dir / "eval", args.workers or run.config.loader.workers
+        newest, pictures = checkpoint_path(run.run_dir, args.checkpoint), picture_set(run, args)
+        subject = Subject(run, pictures, newest, args.px or run.config.eval_px, args.centre_frac, workers, folder / "cache", ranks)
+        for name in (name for name in args.tasks if TASKS[name].all_ranks):
+            one_task(name, subject, args)
+    finally:
+        leave()
+    if ranks.rank:
+        return
+    for name in (name for name in args.tasks if not TASKS[name].all_ranks):
+        one_task(name, subject._replace(ranks=ALONE), args)
+    if not args.keep_cache:
+        shutil.rmtree(subject.cache, ignore_errors=True)
