@@ -103,14 +103,15 @@ def _contrast(x: Pixels, factor: float, draws: Draws) -> Pixels:
 # ----------------------------------------------------------------------------------------------------------- the digital
 
 
-def _boxes(size: int, small: int) -> Float[np.ndarray, "small size"]:
+@cache
+def _boxes(size: int, small: int, device: torch.device) -> Float[Tensor, "small size"]:
     """Pillow's box filter as a matrix: each pixel is the mean of the whole source pixels whose centres lie in its span."""
     at = (np.arange(small)[:, None] + 0.5) * (size / small)
     half = max(size / small, 1) / 2
     first, last = np.floor(at - half + 0.5), np.floor(at + half + 0.5)
     source = np.arange(size)
     inside = (source >= first) & (source < last)
-    return inside / inside.sum(1, keepdims=True)
+    return torch.from_numpy(inside / inside.sum(1, keepdims=True)).to(device, torch.float32)
 
 
 def _pixelate(x: Pixels, share: float, draws: Draws) -> Pixels:
@@ -118,8 +119,7 @@ def _pixelate(x: Pixels, share: float, draws: Draws) -> Pixels:
     size = x.shape[-1]
     small = int(size * share)
     levels = x * 255
-    for matrix in (_boxes(size, small), _boxes(small, size)):
-        weights = torch.from_numpy(matrix).to(x)
+    for weights in (_boxes(size, small, x.device), _boxes(small, size, x.device)):
         levels = torch.floor(levels @ weights.T + 0.5)
         levels = torch.floor(weights @ levels + 0.5)
     return levels / 255
@@ -135,9 +135,12 @@ def _jpeg(picture: UInt8[np.ndarray, "s s 3"], quality: int) -> UInt8[np.ndarray
 def _jpeg_compression(x: Pixels, quality: int, draws: Draws) -> Pixels:
     """Through Pillow's JPEG, on the host, whatever the device: there and back is a copy of a byte a value."""
     pictures = (x * 255).round_().byte().permute(0, 2, 3, 1).cpu().numpy()
-    with ThreadPoolExecutor(min(16, len(pictures))) as pool:
-        stored = np.stack(list(pool.map(_jpeg, pictures, [quality] * len(pictures))))
-    return torch.from_numpy(stored).to(x.device).permute(0, 3, 1, 2).float() / 255
+    if len(pictures) == 1:
+        stored = [_jpeg(pictures[0], quality)]
+    else:
+        with ThreadPoolExecutor(min(16, len(pictures))) as pool:
+            stored = list(pool.map(_jpeg, pictures, [quality] * len(pictures)))
+    return torch.from_numpy(np.stack(stored)).to(x.device).permute(0, 3, 1, 2).float() / 255
 
 
 # --------------------------------------------------------------------------------------------------------- the whole of it
