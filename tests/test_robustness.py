@@ -375,6 +375,10 @@ def test_the_published_pictures_are_asked_about_where_there_are_some(asked: Path
         ("--steps 0", "0 steps of an attack: expected 1 or more"),
         ("--imagenet-c nowhere", "--imagenet-c nowhere is no folder"),
         ("--families nothing", "nothing"),
+        ("--corruptions fog rain", "--corruptions rain: expected some of gaussian_noise, "),
+        ("--corruptions", "--corruptions : expected some of gaussian_noise, "),
+        ("--severities 0 5", "--severities 0 5: expected some of 1 2 3 4 5"),
+        ("--frost-dir nowhere", "--frost-dir nowhere is no folder"),
     ],
 )
 def test_a_users_mistake_is_one_line(flags: str, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from cossl.models.attacks import Attack, Damage, Norm, damaged, num_damaged, one
 from cossl.models.flags import parse_flags
 from cossl.pipelines.augment import normalize
 from cossl.pipelines.corruption_weather import read_frost
-from cossl.pipelines.corruptions import NAMES, SEVERITIES
+from cossl.pipelines.corruptions import CORRUPTIONS, NAMES, SEVERITIES
 from cossl.tools import corruptions
 from cossl.tools.opened import data_of, open_run, open_runs, stamp, write_result
 from cossl.tools.robustness_figures import curve, draw_curves
@@ -66,7 +66,7 @@ class RobustnessArgs:
     """pgd: steps of the gradient."""
 
     relative_step: float = 0.1
-    """pgd: length of a step as a share of eps. Trap: with --steps times this below 2 a random start may lie too far from the worst place."""
+    """pgd: length of a step as a share of eps. Trap: where --steps times this is below 2, a start may be too far from the worst place."""
 
     shares: tuple[float, ...] = tuple(i / 10 for i in range(10))
     """internal: share of the feature map's positions."""
@@ -124,6 +124,11 @@ class RobustnessArgs:
         all_within("--batch-size", (self.batch_size,), 1, 2**31, "1 or more")
         for flag, value in {"--pictures": self.pictures, "--probe-pictures": self.probe_pictures, "--workers": self.workers}.items():
             all_within(flag, (value,), 0, 2**31, "0 or more")
+        if unknown := [name for name in self.corruptions or [""] if name not in CORRUPTIONS]:
+            raise ValueError(f"--corruptions {unknown[0]}: expected some of {', '.join(CORRUPTIONS)}")
+        all_within("--severities", self.severities, 1, 5, "some of 1 2 3 4 5")
+        if self.frost_dir is not None and not self.frost_dir.is_dir():
+            raise ValueError(f"--frost-dir {self.frost_dir} is no folder: give one with photographs of frost")
         if self.imagenet_c is not None and not self.imagenet_c.is_dir():
             raise ValueError(f"--imagenet-c {self.imagenet_c} is no folder: give the one with gaussian_noise/ and the others")
         _ = self.attacks()
@@ -280,13 +285,13 @@ def _ask_imagenet_c(judge: Judge, args: RobustnessArgs) -> dict[str, Any]:
     return {"title": "Accuracy on ImageNet-C", "table": corruptions.corruption_table(result), **result}
 
 
-CURVES, CORRUPTIONS = ("curves", "classes"), ("top1", "severities", "clean_top1", "mean_top1")
+CURVES, SEVERITY_TABLE = ("curves", "classes"), ("top1", "severities", "clean_top1", "mean_top1")
 FAMILIES: dict[str, Family] = {
     "pgd": Family(_pgd_settings, _ask_pgd, draw_curves, CURVES, 3, TOP1),
     "internal": Family(_internal_settings, _ask_internal, draw_curves, CURVES, 3, TOP1),
     "crop": Family(_crop_settings, _ask_crop, draw_curves, CURVES, 3, TOP1),
-    "corruptions": Family(_corruption_settings, _ask_corruptions, corruptions.draw_corruptions, CORRUPTIONS, 2, "mean"),
-    "imagenet-c": Family(_imagenet_c_settings, _ask_imagenet_c, corruptions.draw_corruptions, CORRUPTIONS, 2, "mean"),
+    "corruptions": Family(_corruption_settings, _ask_corruptions, corruptions.draw_corruptions, SEVERITY_TABLE, 2, "mean"),
+    "imagenet-c": Family(_imagenet_c_settings, _ask_imagenet_c, corruptions.draw_corruptions, SEVERITY_TABLE, 2, "mean"),
 }
 
 
