@@ -4,6 +4,7 @@
 #   make test-long   the tests that take minutes (kills at random moments)
 #   make test-slurm  the tests on a real SLURM on this machine alone (needs root; installs Debian's packages);
 #                    with slurmdbd and MariaDB too: make test-slurm ACCOUNTING=dbd
+#   make test-browser  the tests that look at a report in a real browser (as root on Debian it installs Chromium)
 #   make bench  our loaders beside their peers (within five minutes)
 #   make gpu-report   everything that needs a GPU, within ten minutes; without network: python -m cossl.tools.gpu_report
 PYTHON ?= python3
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ACCOUNTING ?= none
 
-.PHONY: demo setup test test-long test-slurm lint type bench gpu-report clean
+.PHONY: demo setup test test-long test-slurm test-browser lint type bench gpu-report clean
 
 demo: setup
 	$(BIN)/cossl train demo
@@ -32,6 +33,10 @@ test-long: setup
 test-slurm: setup
 	sh tools/setup_slurm.sh $(ACCOUNTING)
 	COSSL_REQUIRE_SLURM=$(ACCOUNTING) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 -m slurm
+
+test-browser: setup
+	sh tools/setup_browser.sh
+	COSSL_REQUIRE_BROWSER=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 tests/test_report.py -k browser
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports

@@ -63,8 +63,12 @@ caption { text-align: left; font-weight: 600; padding: .8rem 1rem .55rem; }
 caption span { display: inline-block; position: sticky; left: 1rem; max-width: min(34rem, calc(100vw - 4.5rem)); }
 th, td { padding: .42rem 1rem; text-align: left; vertical-align: baseline; border-top: 1px solid var(--line); }
 th, td { max-width: 34rem; min-width: 3.5rem; overflow-wrap: break-word; }
+td { overflow-wrap: anywhere; min-width: 6rem; }
+tbody th { min-width: 5rem; }
+td.n { overflow-wrap: break-word; min-width: 3.5rem; }
 td .pairs { margin: 0; font-size: inherit; }
 .beside { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 0 1rem; }
+.beside > .scroll { margin-top: 0; margin-bottom: 1rem; }
 thead th {
   color: var(--soft); font-weight: 560; font-size: .82rem; position: sticky; top: 0; background: var(--card);
   border-bottom: 1px solid var(--line); border-top: 0;
