@@ -105,6 +105,7 @@ class Likeness:
         self._local: Tensor | float = 0.0
         self._pooled: Tensor | float = 0.0
 
+    @torch.no_grad()
     def add(self, vectors: Vectors) -> None:
         """A batch."""
         local, pooled = _unit(vectors.local), _unit(vectors.pooled)
@@ -162,6 +163,7 @@ class Redundancy:
         self._moment: Tensor | float = 0.0
         self._squares, self._positions = 0.0, 0
 
+    @torch.no_grad()
     def add(self, local: Float[Tensor, "b p c"]) -> None:
         """A batch."""
         u, p = _unit(local), local.shape[1]

@@ -209,7 +209,7 @@ def draw_fields(path: Path, results: Results) -> None:
     from matplotlib.figure import Figure
 
     count = len(results)
-    figure = Figure(figsize=(2.6 * count + 5.6, 5.6), layout="constrained")
+    figure = Figure(figsize=(2.6 * count + 5.6, 5.4), layout="constrained")
     spec = figure.add_gridspec(2, count + 1, width_ratios=[1] * count + [1.6])
     maps: list[Any] = []
     for column, (run, result) in enumerate(results.items()):
@@ -236,6 +236,9 @@ def _squares(axes: Any, result: dict[str, Any], which: str) -> None:
     axes.add_patch(Rectangle((first, first), last - first, last - first, fill=False, edgecolor=COLOURS[5], linewidth=1.8, clip_on=False))
     side = result[which]["side95_px"]
     corner = grid.offset_px + result["position"] * grid.stride_px - side / 2
+    margin = 0.1 * (last - first)
+    shown = max(0, first - margin), min(grid.view_px, last + margin)
+    axes.set(xlim=shown, ylim=shown[::-1])
     axes.add_patch(Rectangle((corner, corner), side, side, fill=False, edgecolor="white", linewidth=1.5, linestyle=(0, (3, 2))))
 
 
@@ -256,10 +259,10 @@ def _energy_curves(axes: Any, results: Results) -> None:
     handles, _ = axes.get_legend_handles_labels()
     handles += [
         Line2D([], [], color="0.3", linewidth=0.9, linestyle="--", label="theoretical receptive field"),
-        Line2D([], [], color=COLOURS[5], linewidth=1.8, label="the same, on the maps"),
-        Line2D([], [], color="0.6", linestyle=(0, (3, 2)), label="square of 95 %, on the maps (white)"),
+        Line2D([], [], color=COLOURS[5], linewidth=1.8, label="the same on the maps, px of the view"),
+        Line2D([], [], color="0.6", linestyle=(0, (3, 2)), label="square of 95 % on the maps (white)"),
     ]
-    axes.legend(handles=handles, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, fontsize=9)
+    axes.legend(handles=handles, loc="lower right", fontsize=9)
     axes.grid(color="0.92")
 
 
