@@ -17,15 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cossl.models import checkpoint
 from cossl.models import locality as maths
 from cossl.models.co_ssl import CoSsl, LossConfig, ModelConfig
+from cossl.models.flags import flatten
 from cossl.models.load import load
 from cossl.models.probe import knn_top1, linear_top1
 from cossl.models.rf_resnet import PositionGrid, ResNet, bagnet, position_grid, rf_resnet18, rf_resnet50
 from cossl.tools import locality
 from cossl.tools.opened import open_run, open_split
 from cossl.tools.opened import pictures as pictures_of
-from cossl.train import main as train_main
+from cossl.train import build, demo
 
 SMALL = ModelConfig(backbone="rf_resnet18", receptive_field=29, width=8, mlp_after_pool=2, hidden_dim=16, out_dim=12)
 
@@ -319,16 +321,22 @@ def test_a_field_that_hangs_over_the_border_is_cut() -> None:
 
 # ------------------------------------------------------------------------------------------------- the command
 
-FLAGS = "--batch-size 16 --eval-px 32 --views.size-px 32 --model.width 8 --model.hidden-dim 32 --model.out-dim 16 --knn-every 0"
 LITTLE = "--pictures 3 --sample 20 --probe-pictures 40 --draws 2 --field-pictures 3 --projections 1 --device cpu".split()
 
 
 @pytest.fixture(scope="module")
 def runs(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """CO-BYOL with an MLP, and BYOL without."""
+    """Folders of CO-BYOL with an MLP and of BYOL without, each with weights that are not those of its seed."""
     folder = tmp_path_factory.mktemp("runs")
-    for name, more in {"co": "--model.mlp-after-pool 2", "plain": "--loss.local-weight 0"}.items():
-        train_main(["demo", "--epochs", "1", "--data", str(pictures), "--run-dir", str(folder / name), *FLAGS.split(), *more.split()])
+    for name, (network, loss) in {
+        "co": (SMALL, LossConfig()),
+        "plain": (replace(SMALL, mlp_after_pool=0), LossConfig(local_weight=0)),
+    }.items():
+        config = replace(demo(), data=pictures, eval_px=32, model=network, loss=loss)
+        state = build(replace(config, seed=1), torch.device("cpu")).state_dict()
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps({"preset": "demo", **flatten(config)}))
+        checkpoint.save(folder / name, {"config": flatten(config), "model": state})
     return folder / "co", folder / "plain"
 
 
