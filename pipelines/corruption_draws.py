@@ -28,8 +28,9 @@ def _mixed_down(z: Int[Tensor, "b n"], bits: int) -> Int[Tensor, "b n"]:
 class Draws:
     """The numbers of one corruption at one severity for the pictures of a batch. `which` numbers independent streams."""
 
-    def __init__(self, seed: int, corruption: int, severity: int, index: Int[Tensor, " b"]) -> None:
-        self.seed, self.corruption, self.severity, self.device = seed, corruption, severity, index.device
+    def __init__(self, seed: int, corruption: int, severity: int, index: Int[Tensor, " b"], device: torch.device | None = None) -> None:
+        """Numbers on `device`, else where the index is. Trap: the host waits for an index that lies on a GPU."""
+        self.seed, self.corruption, self.severity, self.device = seed, corruption, severity, device or index.device
         self.index = index.tolist()
 
     def keys(self, which: int) -> list[int]:

@@ -204,7 +204,8 @@ def corrupt(
 ) -> UInt8[Tensor, "b 3 s s"]:
     """The pictures corrupted: a function of (picture, its index in the set, name, severity 1 to 5, seed). Values are cut to whole levels.
 
-    ValueError for a corruption or severity that there is not, pictures of less than SMALLEST_PX, and frost without photographs.
+    The index is best on the host. ValueError for a corruption or severity that there is not, pictures of less than SMALLEST_PX, and frost
+    without photographs.
     """
     if name not in CORRUPTIONS or severity not in SEVERITIES:
         raise ValueError(f"{name} {severity}: expected one of {', '.join(CORRUPTIONS)}, at severity 1 to 5")
@@ -219,7 +220,7 @@ def corrupt(
     with _exact_products():
         for start in range(0, len(images), at_once):
             part = slice(start, start + at_once)
-            draws = Draws(seed, number, severity, index[part])
+            draws = Draws(seed, number, severity, index[part], images.device)
             x = render(images[part].contiguous().float() / 255, parameters[severity - 1], draws, **extra)
             # As published, cut and not rounded; the thousandth is for levels that float32 has just missed.
             done[part] = (x.clamp(0, 1) * 255 + 1e-3).byte()

@@ -134,7 +134,7 @@ def evaluate_corruptions(
     batches: Batches = pictures if isinstance(pictures, Iterable) else batches_of(pictures, device, "corruptions")
     seen = classes = 0
     for images, normalized, labels, *indexed in batches:
-        index = indexed[0] if indexed else torch.arange(seen, seen + len(images), device=device)
+        index = indexed[0].cpu() if indexed else torch.arange(seen, seen + len(images))
         logits = predict(normalized)
         classes = logits.shape[1]
         hits[0] += (logits.argmax(1) == labels).sum()
