@@ -183,6 +183,7 @@ def test_answers_that_are_no_numbers_are_told_from_wrong_ones() -> None:
     hits.add("b", torch.tensor([[0.0, 1.0]]), label[:1])
     assert (hits.top1("a"), hits.top1("b")) == (75, 0)
     hits.add("b", torch.tensor([[float("nan"), 1.0]]), label[1:2])
+    hits.add("b", torch.tensor([[0.0, 1.0]]), label[:1])
     with pytest.raises(RuntimeError, match="answers are not finite numbers"):
         hits.top1("a")
 
