@@ -14,6 +14,8 @@ from torch import Tensor
 NAMED = 40
 """Up to so many classes every row and column has its name, up to NUMBERED every cell its number."""
 NUMBERED = 20
+POOLED = 100
+"""Of more classes than this, neighbours by name are counted together, in so many groups at most: single ones would be dots."""
 CONFUSED = 20
 COLOURS = "cividis"  # from dark to light for the colour-blind too
 
@@ -21,24 +23,28 @@ COLOURS = "cividis"  # from dark to light for the colour-blind too
 def draw_confusion(path: Path, confusion: Int[Tensor, "m m"] | None, names: Sequence[str], most: Sequence[Sequence[Any]]) -> None:
     """Writes a PNG: how often pictures of each class (rows) are taken for each (columns), in percent of the row, and the worst pairs.
 
-    Of many classes the colour goes with the square root, so that a few percent show, and each class is at least one dot of the picture.
-    ImportError without matplotlib.
+    The colour goes with the square root, so that a few percent show. ImportError without matplotlib.
     """
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
     assert confusion is not None
-    shares, m = (100 * confusion / confusion.sum(1, keepdim=True)).nan_to_num(0), len(names)
+    m, each = len(names), -(-len(names) // POOLED)
+    counts = _pooled(confusion, each)
+    shares = (100 * counts / counts.sum(1, keepdim=True)).nan_to_num(0)
     side = min(14.0, max(5.0, 0.5 * m if m <= NUMBERED else 0.24 * m if m <= NAMED else 8.0))
     figure = Figure(figsize=(side + 6.5, side + 0.8), layout="constrained")
     axes, bars = figure.subplots(1, 2, width_ratios=[side, 4.5])
     image = axes.imshow(shares.numpy(), cmap=COLOURS, norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
-    axes.set(xlabel="said to be", ylabel="is", title=f"{m} classes, percent of each row")
+    axes.set(xlabel="said to be", ylabel="is", title=f"{m} classes, percent of each row" + f", {each} a dot" * (each > 1))
     if m <= NAMED:
         shown = [_plain(name) for name in names]
         axes.set_xticks(range(m), shown, rotation=90, fontsize=9)
         axes.set_yticks(range(m), shown, fontsize=9)
     else:
+        places = range(0, len(shares), 10)
+        axes.set_xticks(places, [str(each * at) for at in places], fontsize=9)
+        axes.set_yticks(places, [str(each * at) for at in places], fontsize=9)
         axes.set(xlabel="said to be (number of the class, by name)", ylabel="is (number of the class, by name)")
     if m <= NUMBERED:
         for row in range(m):
@@ -49,7 +55,13 @@ def draw_confusion(path: Path, confusion: Int[Tensor, "m m"] | None, names: Sequ
                     axes.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=9, color=colour)
     figure.colorbar(image, ax=axes, shrink=0.7, label="percent")
     _draw_pairs(bars, most[:CONFUSED])
-    _save(figure, path, dpi=200 if m > 500 else 120)
+    _save(figure, path)
+
+
+def _pooled(confusion: Int[Tensor, "m m"], each: int) -> Int[Tensor, "g g"]:
+    """Counts of groups of so many neighbouring classes."""
+    wide = torch.nn.functional.pad(confusion, (0, -len(confusion) % each, 0, -len(confusion) % each))
+    return wide.view(len(wide) // each, each, len(wide) // each, each).sum((1, 3))
 
 
 def _draw_pairs(axes: Any, most: Sequence[Sequence[Any]]) -> None:
@@ -91,8 +103,8 @@ def _plain(text: str) -> str:
     return re.sub(r"\$", r"\\$", text)
 
 
-def _save(figure: Any, path: Path, dpi: int = 120) -> None:
+def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    figure.savefig(part, dpi=dpi, format="png")
+    figure.savefig(part, dpi=120, format="png")
     part.replace(path)
