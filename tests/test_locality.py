@@ -451,3 +451,10 @@ def test_a_sample_is_the_same_in_any_number(runs: tuple[Path, Path], pictures: P
         assert torch.equal(drawn[asked], drawn[1000][:asked])
     other = locality.Subject(subject.run, pictures, locality.LocalityArgs(runs=(runs[0],), seed=1))
     assert not torch.equal(next(other.sample("val", 3, "test")[1])[0], drawn[3])
+
+
+def test_a_sample_counts_what_the_loader_leaves_out(runs: tuple[Path, Path], pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locality.parts, "EVAL_BATCH", 30)
+    subject = locality.Subject(open_run(runs[0], "cpu"), pictures, locality.LocalityArgs(runs=(runs[0],)))
+    count, batches = subject.sample("val", 1000, "test")
+    assert count == sum(len(images) for images, _, _ in batches) == 30

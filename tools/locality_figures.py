@@ -21,6 +21,8 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 MARKERS = "osD^vPX*"
 IN_A_ROW = 8
 TILE_IN, LABEL_IN, GAP_IN, BAND_IN = 1.15, 1.25, 0.06, 0.12
+WORDS_IN = 6.8
+"""Width of the longest line at the foot of the sheet."""
 NETWORKS = ("trained", "untrained")
 
 
@@ -37,7 +39,7 @@ def draw_similarity(path: Path, results: Results, pictures: UInt8[Tensor, "b 3 s
     columns, bands = min(IN_A_ROW, len(pictures)), -(-len(pictures) // IN_A_ROW)
     names = list(dict.fromkeys(space for _, space, _ in rows))
     line, foot = TILE_IN + GAP_IN, 0.6 + 0.2 * len(names)
-    width, height = LABEL_IN + columns * line, GAP_IN + bands * ((1 + len(rows)) * line + BAND_IN) + foot
+    width, height = max(WORDS_IN, LABEL_IN + columns * line), GAP_IN + bands * ((1 + len(rows)) * line + BAND_IN) + foot
     figure = Figure(figsize=(width, height))
 
     def tile(band: int, row: int, column: int) -> Any:
@@ -116,7 +118,7 @@ def _similarity_foot(figure: Any, spaces: dict[str, dict[str, Any]], limits: dic
         axes.locator_params(nbins=4)
         axes.set_title(f"cosine, {space}", fontsize=9, pad=2)
         words = f"{space}: {found['what']}"
-        figure.text(LABEL_IN / width, (foot_in - 0.62 - 0.2 * i) / height, words, fontsize=9, va="center")
+        figure.text(0.1 / width, (foot_in - 0.62 - 0.2 * i) / height, words, fontsize=9, va="center")
 
 
 def draw_redundancy(path: Path, results: Results) -> None:
