@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import cossl
 from cossl import train
+from cossl.models.attacks import damaged
 from cossl.models.features import features
 from cossl.models.probe import fit_probe
 from cossl.pipelines import make_loader
@@ -145,6 +146,18 @@ def test_half_of_a_map_masked_equals_the_same_by_hand(asked: Path, independent: 
     assert top1s(found(asked, "internal"))["masked", 0.5, "8 of 16"] == pytest.approx(np.mean(found_top1), abs=12)
 
 
+def test_each_picture_is_damaged_by_its_own_number(asked: Path, independent: Independent) -> None:
+    ((_, x, label),) = independent.batches("val")
+    _, y = independent.encoder(x)
+    top1 = {}
+    for kind, word in (("mask", "masked"), ("noise", "replaced by noise")):
+        (other,) = damaged(y, kind, [0.5], torch.arange(80), 0)
+        pooled = independent.encoder.network.pool(other)
+        top1[word] = percent(independent.probe.logits(pooled), label)
+    internal = top1s(found(asked, "internal"))
+    assert {word: internal[word, 0.5, "8 of 16"] for word in top1} == pytest.approx(top1, abs=0.01)
+
+
 def test_crops_equal_the_same_by_hand(asked: Path, independent: Independent) -> None:
     top1 = top1s(found(asked, "crop"))
     for varied, frac, px in (("centre crop", 0.5, 32), ("centre crop", 1.0, 32), ("view size", 0.875, 16)):
@@ -263,7 +276,8 @@ def test_what_is_there_is_not_asked_again(asked: Path, monkeypatch: pytest.Monke
         ask(asked, *flags, families=("internal",))
         assert len(times) == min(i + 1, 3)
     assert found(asked, "internal")["protocol"]["shares"] == [0, 0.5]
-    for damage in (b"", before[: len(before) // 2], b"[]", b'{"protocol": {}}'):
+    empty = json.dumps({"protocol": json.loads(before)["protocol"]}).encode()
+    for damage in (b"", before[: len(before) // 2], b"[]", empty):
         path.write_bytes(damage)
         ask(asked, families=("internal",))
         assert top1s(json.loads(path.read_bytes())) == top1s(json.loads(before))
