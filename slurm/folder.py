@@ -91,7 +91,8 @@ class Sweep(NamedTuple):
         """The submissions of each point, the last one first, by its identity."""
         found: dict[str, list[Job]] = {point.identity: [] for point in self.points}
         for job in reversed(self.jobs):
-            found[job.point].append(job)
+            if job.point in found:
+                found[job.point].append(job)
         return found
 
 

@@ -52,6 +52,8 @@ class Standing:
     """Why: a reason of Slurm's, or the last line of the error."""
     log: Path | None = None
     """Where more is said."""
+    live: tuple[Job, ...] = ()
+    """Those of its submissions that are on their way: more than one if it was submitted while Slurm could not be asked."""
 
 
 def standings(sweep: Sweep) -> list[Standing]:
@@ -61,15 +63,17 @@ def standings(sweep: Sweep) -> list[Standing]:
     for one in found:
         _look(one, sweep, locked)
         _name(one, sweep, next(iter(jobs[one.point.identity]), None))
-    open_ = [(one, jobs[one.point.identity]) for one in found if one.state == "new" and one.job is not None]
+    open_ = [(one, jobs[one.point.identity]) for one in found if one.state != "done" and one.job is not None]
     at_slurm = [job.job for _, of in open_ for job in of if not job.is_local]
     queue = squeue() if at_slurm else Queue({})
     unexplained = [job for job in at_slurm if job not in queue.states]
     history = sacct(unexplained) if unexplained and not queue.error else {}
     for one, of in open_:
-        live = next((job for job in of if _is_live(job, queue)), of[0])  # of several submissions it is the one that counts
-        _name(one, sweep, live)
-        _judge(one, live, sweep, queue, history)
+        one.live = tuple(job for job in of if _is_live(job, queue))
+        job = (one.live or of)[0]  # of several submissions it is the one that counts
+        _name(one, sweep, job)
+        if one.state != "running":
+            _judge(one, job, sweep, queue, history)
     return found
 
 

@@ -35,7 +35,7 @@ from cossl.models.flags import parse_flags
 from cossl.slurm import status
 from cossl.slurm.clusters import Cluster, load_cluster
 from cossl.slurm.folder import Job, Point, Sweep, add_points, held, read_sweep, sweep_of
-from cossl.slurm.point import CANCELLED, record, record_of
+from cossl.slurm.point import CANCELLED, record
 
 Name = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="GRID")]
 OWN_GRIDS = "heads weighting ablation_plan backbone receptive_field local_weight positions crop_size".split()
@@ -303,8 +303,8 @@ def cancel(argv: Sequence[str]) -> None:
     opened(args.root, args.grid)
     with held(args.root.absolute()):
         sweep = opened(args.root, args.grid)
-        live = {one.point.identity for one in status.standings(sweep) if one.state in status.LIVE}
-        jobs = [job for job in sweep.jobs if job.point in live and job.grid == sweep.grid and not record_of(sweep.folder, job.job)]
+        found = [one for one in status.standings(sweep) if one.state in status.LIVE and one.job is not None]
+        jobs = [job for one in found for job in one.live or (one.job,) if job and job.grid == sweep.grid]
         for job in jobs:
             record(sweep.folder, job.job, None, CANCELLED)  # first: a job that is queued again in this moment does not start
         _stop_local(jobs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def submitted(own: Sweep, jobs: list[str], grid: str = "") -> Sweep:
     """The points, or the first of them, with these jobs."""
     logs = [f"logs/{job.partition('_')[0]}/{job}_0_log.out" for job in jobs]
     lines = [
-        Job(point.identity, job, grid or own.grid, "ours", "0" * 12, log, time.time())
+        Job(point.identity, job, grid or own.grid, "ours", "0" * 12, log, time.time(), platform.node())
         for point, job, log in zip(own.points, jobs, logs, strict=False)
     ]
     record_jobs(own.folder.parent / (grid or own.grid), lines)

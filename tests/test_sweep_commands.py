@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 import time
@@ -38,8 +39,9 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, str, list[
         monkeypatch.setattr(
             submit,
             how,
-            lambda own, points, cluster, parallel, say, how=how: found.append((how, cluster.name, [point.seed for point in points])),
+            lambda own, points, cluster, *_, how=how: found.append((how, cluster.name, [point.seed for point in points])),
         )
+    monkeypatch.setattr(submit, "queue_local", lambda own, points, cluster, say, new_code: points)
     monkeypatch.setattr(
         submit, "run_debug", lambda own, points, say: found.append(("run_debug", "debug", [point.seed for point in points]))
     )
@@ -60,7 +62,9 @@ def test_retry_takes_what_is_asked_to_where_it_was(
     tmp_path: Path, fake: FakeSlurm, sent: Sent, clusters: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = submitted(made(tmp_path, 6), [f"7_{i}" for i in range(6)])
-    record_jobs(own.folder, [Job(own.points[5].identity, "local-1-1-0", "heads", "local", "0" * 12, "logs/x.out", time.time())])
+    record_jobs(
+        own.folder, [Job(own.points[5].identity, "local-1-1-0", "heads", "local", "0" * 12, "logs/x.out", time.time(), platform.node())]
+    )
     fake.says("squeue", "7_0|FAILED|x\n7_1|NODE_FAIL|x\n7_2|RUNNING|x\n7_3|CANCELLED|x\n7_4|FAILED|x\n")
     shown(own, capsys, "--failed", *clusters, verb="retry")
     assert sent == [("submit_slurm", "ours", [0, 4])]
@@ -166,7 +170,7 @@ def test_cancel_signals_no_process_that_is_no_sweep(tmp_path: Path, fake: FakeSl
     other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     own = submitted(made(tmp_path, 1), [f"local-{other.pid}-1-0"])
     with run_folder.lock(run_of(own, own.points[0])):
-        assert shown(own, capsys, verb="cancel").startswith(f"process {other.pid}, which started some of them, is not on this machine")
+        assert shown(own, capsys, verb="cancel").startswith(f"process {other.pid} of {platform.node()}, which started some, is not")
     other.communicate(b"\n")
     assert other.returncode == 0
 
@@ -207,4 +211,4 @@ def test_verbs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_standing_is_plain() -> None:
-    assert Standing.__dataclass_fields__.keys() == {"point", "state", "run", "job", "detail", "log"}
+    assert Standing.__dataclass_fields__.keys() == {"point", "state", "run", "job", "detail", "log", "live"}

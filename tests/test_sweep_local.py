@@ -51,7 +51,7 @@ def test_in_this_process(tmp_path: Path, tiny: list[str], capsys: pytest.Capture
     assert states(tmp_path / "sweeps") == ["done"]
     capsys.readouterr()
     sweep.main([*tiny, "--cluster", "debug"])
-    assert capsys.readouterr().out == "1 of 1 points done, left alone\n"
+    assert capsys.readouterr().out == "1 of 1 points done, left alone\nnothing to submit\n"
     with (tmp_path / "tiny.toml").open("a") as file:
         file.write('loss.local_weight = 0.4\n[[list]]\n"optim.base_lr" = 1e-30\n')
     with pytest.raises(SystemExit) as caught:
@@ -104,7 +104,10 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float) ->
 def test_here_one_that_fails_stops_no_other_and_gpus_are_shared_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own, calls = stand_in(tmp_path, monkeypatch, 0.0)
     told = list[str]()
-    submit.run_local(own, own.points, Cluster("local", "local"), 2, told.append)
+    here = Cluster("local", "local")
+    with pytest.raises(SystemExit) as caught:
+        submit.run_local(own, submit.queue_local(own, own.points, here, told.append), here, 2, told.append)
+    assert caught.value.code == 1
     jobs = {job.point: job for job in read_sweep(own.folder).jobs}
     records = [at_point.record_of(own.folder, jobs[point.identity].job) for point in own.points]
     assert records == [{"code": 3, "why": ""}] + [{"code": 0, "why": "finished"}] * 3
@@ -121,7 +124,7 @@ def test_here_one_that_fails_stops_no_other_and_gpus_are_shared_out(tmp_path: Pa
 
 def test_here_a_stop_is_passed_on_and_starts_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own, _ = stand_in(tmp_path, monkeypatch, 60)
-    pids, told = tmp_path / "pids", list[str]()
+    pids, told, here = tmp_path / "pids", list[str](), Cluster("local", "local")
 
     def stop(line: str) -> None:
         told.append(line)
@@ -132,12 +135,12 @@ def test_here_a_stop_is_passed_on_and_starts_no_more(tmp_path: Path, monkeypatch
 
     before = {number: signal.getsignal(number) for number in (*run_folder.STOP_SIGNALS, signal.SIGINT)}
     with pytest.raises(SystemExit) as caught:
-        submit.run_local(own, own.points, Cluster("local", "local"), 2, stop)
+        submit.run_local(own, submit.queue_local(own, own.points, here, stop), here, 2, stop)
     assert caught.value.code == 130
-    assert told[-1] == "stopped; go on with: cossl sweep retry heads --lost, and submit for those that were not begun"
     jobs = read_sweep(own.folder).jobs
-    assert len(jobs) in (2, 3)
-    assert [at_point.record_of(own.folder, job.job) for job in jobs[1:]] == [{}] * (len(jobs) - 1)
+    assert len(jobs) == 4  # recorded before any was started
+    assert len(pids.read_text().splitlines()) in (2, 3)
+    assert [at_point.record_of(own.folder, job.job) for job in jobs[1:]] == [{}] * 3
     assert {number: signal.getsignal(number) for number in before} == before
     for pid in pids.read_text().split():
         with pytest.raises(ProcessLookupError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from fake_slurm import RESULTS, FakeSlurm, made, run_of
+from fake_slurm import LOG, RESULTS, FakeSlurm, made, run_of
 
 from cossl.models.run_status import REQUEUE_EXIT_CODE
 from cossl.slurm import point as at_point
@@ -86,7 +87,7 @@ def test_a_job_that_comes_no_further_is_given_up(own: Sweep) -> None:
     for _ in range(MOST_STARTS):
         assert begin(own, own.points[0], "7_0") == ""
     said = begin(own, own.points[0], "7_0")
-    assert said == f"gave up: {MOST_STARTS} starts of job 7_0 in a row without a new checkpoint"
+    assert said.startswith(f"gave up: {MOST_STARTS} starts of job 7_0 in a row without a new checkpoint; ")
     assert record_of(own.folder, "7_0") == {"code": 1, "why": said}
     assert begin(own, own.points[0], "7_0") == said
     assert begin(own, own.points[0], "8_0") == ""  # a retry
@@ -170,14 +171,29 @@ def test_of_several_tasks_a_killed_one_says_nothing_of_a_stop(own: Sweep, fake: 
     assert fake.calls() == []
 
 
+def test_of_several_tasks_one_that_was_slow_to_stop_has_stopped(own: Sweep, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    fake.says("squeue", "RUNNING\n")
+    run_of(own, own.points[0], log=f"{LOG}stopped\n")
+    os.utime(own.run_dir(own.points[0]) / "train.log", (1, 1))
+    assert begin(own, own.points[0], "7_0") == ""
+    end(own, own.points[0], "7_0", 143)  # as an attempt before has said, and not this one
+    assert record_of(own.folder, "7_0") == {"code": 143, "why": ""}
+    assert begin(own, own.points[0], "7_0") == ""
+    run_of(own, own.points[0], log=f"{LOG}stopped\n")
+    end(own, own.points[0], "7_0", 143)
+    assert record_of(own.folder, "7_0") == {}
+    assert fake.calls("scontrol") == ["scontrol requeue 7_0"]
+
+
 def test_a_controller_that_does_not_answer_is_asked_three_times(own: Sweep, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the job is queued again where its state cannot be told, which is what was asked for."""
+    """And the job is not queued again where its state cannot be told: it may be cancelled."""
     slept = silent(monkeypatch)
     fake.says("squeue", "", 1, "Unable to contact slurm controller\n")
     end(own, own.points[0], "7_0", REQUEUE_EXIT_CODE)
-    assert [line.split()[0] for line in fake.calls()] == ["squeue"] * 3 + ["scontrol"]
+    assert [line.split()[0] for line in fake.calls()] == ["squeue"] * 3
     assert [seconds for seconds in slept if seconds] == [5, 5]
-    assert record_of(own.folder, "7_0") == {}
+    assert record_of(own.folder, "7_0") == {"code": None, "why": "stopped with code 85 while Slurm did not answer"}
 
 
 @pytest.mark.parametrize("missing", [True, False])
@@ -191,8 +207,7 @@ def test_a_node_that_cannot_queue_it_again_says_so(
     else:
         fake.says("scontrol", "", 1, "Requested operation is presently disabled\n")
     end(own, own.points[0], "7_0", REQUEUE_EXIT_CODE)
-    why = "stopped, and `scontrol requeue 7_0` failed on this node: go on by `cossl sweep retry --lost`"
-    assert record_of(own.folder, "7_0") == {"code": 85, "why": why}
+    assert record_of(own.folder, "7_0") == {"code": None, "why": "stopped, and `scontrol requeue 7_0` failed on this node"}
     assert ("Requested operation is presently disabled" in capsys.readouterr().err) == (not missing)
 
 
@@ -210,11 +225,16 @@ def test_the_command_of_a_point(own: Sweep, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_task_becomes_the_trainer_of_its_point(
     own: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    array, became = tmp_path / "array.json", list[tuple[str, list[str]]]()
+    array, became, reset = tmp_path / "array.json", list[tuple[str, list[str]]](), list[int]()
     array.write_text(json.dumps([point.identity for point in own.points]))
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
     monkeypatch.setattr(os, "execv", lambda path, argv: became.append((path, argv)))
+    monkeypatch.setattr(signal, "signal", lambda number, handler: reset.append(number) if handler == signal.SIG_DFL else None)
+    with pytest.raises(RuntimeError, match="this job runs"):  # no snapshot
+        at_point.run(str(own.folder), str(array), "")
+    monkeypatch.setattr(at_point, "require_snapshot", lambda folder: None)
     at_point.run(str(own.folder), str(array), "")
+    assert {signal.SIGTERM, signal.SIGUSR2} <= set(reset)  # submitit's handlers
     assert became == [(sys.executable, trainer(own, own.points[1]))]
     assert capsys.readouterr().err.startswith(f"cossl sweep: in1k --run-dir {own.run_dir(own.points[1])} --resume")
 
@@ -261,7 +281,7 @@ def test_an_original_that_was_made_anew_is_copied_again(data: Path, tmp_path: Pa
         (data / "val.beton").write_bytes(os.urandom(1000))
         os.utime(data / "val.beton", ns=(10**18, 10**18 + 10**9))
     else:
-        (data / "more").write_text("x")
+        (data / "test.beton").write_text("x")
     assert contents(staged(data, tmp_path / "node")) == contents(data)
 
 
@@ -369,8 +389,8 @@ def test_the_script_s_two_calls(own: Sweep, call: Call, fake: FakeSlurm) -> None
 def test_a_job_that_would_run_other_source_does_not(own: Sweep, call: Call, tmp_path: Path) -> None:
     code, said = call("begin", cwd=tmp_path, path=None)
     assert code == 1
-    assert f"and not the snapshot below {own.folder / 'code'}: see PYTHONPATH" in said
-    with pytest.raises(RuntimeError, match=r"^this job runs .* and not the snapshot below .*: see PYTHONPATH$"):
+    assert f"and not a snapshot of {own.folder}: see PYTHONPATH" in said
+    with pytest.raises(RuntimeError, match=r"^this job runs .* and not a snapshot of .*: see PYTHONPATH"):
         at_point.require_snapshot(own.folder)
     assert not (own.folder / "exits").exists()
 

@@ -37,8 +37,8 @@ def test_the_copy_is_what_a_job_imports(tmp_path: Path) -> None:
     for what, file in (("cossl.train", "train.py"), ("cossl.slurm.point", "slurm/point.py"), ("cossl.models.flags", "models/flags.py")):
         assert origin(what, source, source) == str(source / "cossl" / file)
         assert origin(what, source, source, tmp_path / "elsewhere") == str(source / "cossl" / file)
-    # And only so: these are the traps that the script's two lines avoid.
-    assert origin("cossl.train", tmp_path / "code", source) == str(tmp_path / "code" / "cossl" / "train.py")
+    # As working folder too: a package with __init__.py goes before a folder of its name without one, wherever they are.
+    assert origin("cossl.train", tmp_path / "code", source) == str(source / "cossl" / "train.py")
     assert origin("cossl.train", tmp_path) == str(run_folder.ROOT / "train.py")
 
 

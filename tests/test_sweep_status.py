@@ -92,7 +92,7 @@ CASES: dict[str, Case] = {
             said(1, "Traceback:\nRuntimeError: mine\n"),
         ),
     ),
-    "failed on one rank without a word": ("failed", "task 1 said nothing", both(recorded(1), said(0, SRUN))),
+    "failed on one rank without a word": ("failed", "task 1: said nothing", both(recorded(1), said(0, SRUN))),
     "failed on the first rank": (
         "failed",
         "RuntimeError: mine",
@@ -195,7 +195,6 @@ def test_a_lock_says_that_it_runs_whatever_slurm_says(tmp_path: Path, fake: Fake
         fake.says("squeue", answer)
         with run_folder.lock(path):
             assert [one.state for one in standings(own)] == ["running"]
-    assert fake.calls() == []
     assert [one.state for one in standings(own)] == ["lost"]
 
 
@@ -229,7 +228,7 @@ def test_runs_of_this_machine_ask_no_slurm(tmp_path: Path, fake: FakeSlurm) -> N
         own = submitted(made(tmp_path, 3), [f"local-{process.pid}-1-0" for process in (sweeping, other, sweeping)])
         run_of(own, own.points[2], results=RESULTS)
         assert [(one.state, one.detail) for one in standings(own)] == [
-            ("pending", "starting"),
+            ("pending", "waits for its turn"),
             ("lost", "its job is over and left no word"),
             ("done", ""),
         ]
@@ -281,7 +280,8 @@ def test_status_imports_no_torch(thousand: Sweep) -> None:
     lines = done.stdout.splitlines()
     assert lines[-1] == "[]"
     assert lines[1001] == "1 done, 450 running, 450 pending, 1 failed, 1 lost, 97 cancelled of 1000 points"
-    assert lines[-3:-1] == ["next: cossl sweep retry heads --failed", "next: cossl sweep retry heads --lost"]
+    root = f" --root {thousand.folder.parent}"
+    assert lines[-3:-1] == [f"next: cossl sweep retry heads --failed{root}", f"next: cossl sweep retry heads --lost{root}"]
 
 
 # ------------------------------------------------------------------------------------------------- what is shown
@@ -312,8 +312,8 @@ def test_failures_name_their_log_and_the_next_step(tmp_path: Path, fake: FakeSlu
     assert lines[4:] == [
         f"  setting 0, seed 0: {own.folder}/logs/7/7_0_0_log.out",
         f"  setting 1, seed 1: {own.folder}/logs/7/7_1_0_log.out",
-        "next: cossl sweep retry heads --failed",
-        "next: cossl sweep retry heads --lost",
+        f"next: cossl sweep retry heads --failed --root {own.folder.parent}",
+        f"next: cossl sweep retry heads --lost --root {own.folder.parent}",
     ]
     failed, lost = json.loads(shown(own, capsys, "--json"))
     assert (failed["state"], failed["detail"], failed["job"]) == ("failed", "ValueError: too wide", "7_0")

@@ -166,7 +166,7 @@ def test_arrays_are_split_and_recorded(tmp_path: Path, fake: FakeSlurm, monkeypa
     again = read_sweep(own.folder)
     assert again.jobs == jobs
     assert [job.point for job in jobs] == [point.identity for point in own.points]
-    assert all(before <= job.time <= time.time() and job[2:5] == ("heads", "ours", "0123456789ab") for job in jobs)
+    assert all(before <= job.time <= time.time() and job[2:5] == ("heads", "ours", "heads/code/0123456789ab") for job in jobs)
     arrays = sorted((own.folder / "arrays").iterdir(), key=lambda path: int(path.stem.rpartition("-")[2]))
     for number, array in zip((101, 102, 103), arrays, strict=True):
         assert f"begin {own.folder} {array} " in fake.script(number)
@@ -221,12 +221,14 @@ def test_the_job_that_the_submitter_is_in_is_not_handed_on(tmp_path: Path, fake:
         "SLURM_JOB_ID": "9",
         "SLURMD_NODENAME": "n1",
         "SUBMITIT_EXECUTOR": "slurm",
+        "SBATCH_NO_REQUEUE": "1",  # would win over the script
     }
-    kept = {"SLURM_CONF": "/x/slurm.conf", "SBATCH_RESERVATION": "icml"}
+    kept = {"SLURM_CONF": "/x/slurm.conf"}
     for name, value in (inside | kept).items():
         monkeypatch.setenv(name, value)
-    own = made(tmp_path, 2)
-    jobs = submit_slurm(own, own.points, Cluster("ours"), 0, quiet)
+    own, told = made(tmp_path, 2), list[str]()
+    jobs = submit_slurm(own, own.points, Cluster("ours"), 0, told.append)
+    assert told[0] == "SBATCH_NO_REQUEUE in the environment: not used, a sweep's jobs are as the cluster's record says"
     assert [job.job for job in jobs] == ["101_0", "101_1"]
     seen = fake.environment("sbatch")
     assert not inside.keys() & seen.keys()
