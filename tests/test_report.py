@@ -36,7 +36,7 @@ RESULTS = {
     "images_per_s": 22.8, "seconds": 350.9, "protocol": PROTOCOL, "device": "cpu", "std": 0.94, "rank": 25.5, "collapsed": False,
 }  # fmt: skip
 START = {
-    "time": "2026-01-01T12:00:00+00:00", "command": ["python", "cossl", "train", "demo"], "host": "node7", "cpu": "EPYC", "cpu_count": 2,
+    "time": "2026-01-01T12:00:00+00:00", "command": ["cossl", "train", "demo", "--run-dir", "a b"], "host": "node7", "cpu": "EPYC", "cpu_count": 2,
     "gpus": [], "versions": {"python": "3.11.7", "torch": "2.15.0"},
     "code": {"version": "0.1.0+gabc", "commit": "abc", "diff": "-old\n+new\n"},
 }  # fmt: skip
@@ -149,7 +149,7 @@ def test_a_page_is_whole_asks_for_nothing_and_can_be_heard(tmp_path: Path) -> No
         "finished", "77.2 %", "63.0 %", "untrained 65.5 %", "20-NN", "12 x 12 pixels", "eval_px 72",  # state, results and their protocol
         "Set otherwise than in the preset demo setting this run preset epochs 2 8", "all settings (76)", "model.receptive_field 29",
         "Weighted kNN", "global 61.2", "k 10 20", "code_version 0.1.0", "knn_top1 55.5", "local_to_global 4",
-        "start 1 of 1", "node7", "torch 2.15.0", "+new", "python cossl train demo",
+        "start 1 of 1", "node7", "torch 2.15.0", "+new", "cossl train demo --run-dir 'a b'",
     ],
 )  # fmt: skip
 def test_what_the_folder_holds_is_on_the_page(tmp_path: Path, words: str) -> None:

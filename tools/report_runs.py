@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -226,6 +227,8 @@ def _start(start: Record) -> Html:
     code: Record = start["code"] if isinstance(start.get("code"), dict) else {}
     versions: Record = start["versions"] if isinstance(start.get("versions"), dict) else {}
     own: Record = {key: start[key] for key in ("command", "host", "cpu", "cpu_count", "gpus", "driver", "slurm") if key in start}
+    if isinstance(words := own.get("command"), list) and all(isinstance(word, str) for word in words):
+        own["command"] = shlex.join(words)
     own |= {f"code {key}": code[key] for key in ("version", "commit", "dirty", "new_files") if key in code}
     rows = [[key, shown(value)] for key, value in own.items()]
     rows += [["versions", pairs((key, shown(value)) for key, value in versions.items())]] if versions else []
