@@ -59,7 +59,7 @@ def _of_kind(key: str, value: Any, kind: Any) -> Any:
         kind = next(one for one in get_args(kind) if one is not NoneType)
     if get_origin(kind) is tuple and isinstance(value, list | tuple):
         return tuple(_of_kind(key, one, get_args(kind)[0]) for one in value)
-    if kind is Path and isinstance(value, str):
+    if kind is Path and isinstance(value, str) and value:  # "" would be the folder that one is in
         return Path(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
         return float(value)

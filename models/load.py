@@ -65,8 +65,9 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Encoder:
         step = state.get("step")
     try:
         network = _network(config, weights, may_lack_heads=exported)
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{path} does not fit its own config: {str(error).splitlines()[-1].strip()}") from error
+    except (ValueError, RuntimeError, TypeError, ArithmeticError) as error:  # torch's answers to sizes that no tensor can have
+        said = [line.strip() for line in str(error).splitlines() if not line.startswith("Error(s) in loading")]
+        raise ValueError(f"{path} does not fit its own config: {said[0]:.200}") from error
     return Encoder(network, config, step).to(device).to(memory_format=torch.channels_last)
 
 
@@ -84,7 +85,7 @@ def of_checkpoint(state: dict[str, Any], path: Path) -> tuple[dict[str, Any], di
 
 
 def _network(config: dict[str, Any], weights: dict[str, Tensor], may_lack_heads: bool) -> Network:
-    """The network of the config with these weights. ValueError or RuntimeError if they do not fit."""
+    """The network of the config with these weights. ValueError, or what torch raises, if they do not fit."""
     model = unflatten(ModelConfig, {key.removeprefix("model."): value for key, value in config.items() if key.startswith("model.")})
     if model.mlp_after_pool > len(weights):
         raise ValueError(f"it has no {model.mlp_after_pool} layers after the pooling")

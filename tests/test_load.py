@@ -142,6 +142,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "another type": (lambda state: state["model"].update({"online.backbone.bn1.weight": torch.ones(16).half()}), "float16, expected"),
     "another width": (lambda state: state["config"].update({"model.width": 8}), "does not fit its own config"),
     "a width without end": (lambda state: state["config"].update({"model.width": 10**30}), "does not fit its own config"),
+    "a head without end": (lambda state: state["config"].update({"model.hidden_dim": 10**30}), "does not fit its own config: empty"),
     "layers without end": (lambda state: state["config"].update({"model.mlp_after_pool": 10**9}), "1000000000 layers"),
     "an unknown setting": (lambda state: state["config"].update({"model.colour": 1}), "'colour' is no setting"),
 }
@@ -180,6 +181,7 @@ def test_a_config_of_another_run_is_refused(run: Path) -> None:
         ("epochs", 9, "--epochs 9, its checkpoint 8"),
         ("loss.local_weight", None, "expected float"),
         ("preset", "demn", "preset 'demn' is unknown"),
+        ("preset", {"demo": 1}, "preset {'demo': 1} is unknown"),
         ("colour", 1, "'colour' is no setting"),
     ]:
         config = json.loads((run / "config.json").read_text())
@@ -256,6 +258,7 @@ def test_json_values_become_what_the_fields_are() -> None:
         ({"share": 10**400}, "expected float"),
         ({"count": "1" * 1000}, r"count = '1{76}\.\.\.: expected int"),
         ({"where": 3}, "where = 3: expected"),
+        ({"where": ""}, "where = '': expected"),
         ({"part.kind": "c"}, r"kind = 'c': expected"),
         ({"part.sizes": ["x"]}, r"sizes = 'x': expected float"),
         ({"part.sizes": 0.5}, r"sizes = 0\.5: expected"),

@@ -47,7 +47,7 @@ def open_run(run_dir: Path, device: str = "auto", checkpoint: str = "") -> Opene
     try:
         flat = read_object(run_dir / "config.json")
         preset = flat.pop("preset", None)
-        if preset not in PRESETS:
+        if preset not in list(PRESETS):  # in a dict a list could not be looked up
             raise ValueError(f"preset {preset!r:.80} is unknown")
         config = unflatten(Config, flat)
     except (OSError, ValueError) as error:
