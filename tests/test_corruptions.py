@@ -14,7 +14,7 @@ from scipy import ndimage, stats
 
 from cossl.pipelines.corruption_blurs import affine_maps, shuffled, zoomed
 from cossl.pipelines.corruption_draws import Draws
-from cossl.pipelines.corruption_weather import read_frost
+from cossl.pipelines.corruption_weather import _distances, _edges, read_frost
 from cossl.pipelines.corruptions import CORRUPTIONS, EXTRA, NAMES, SEVERITIES, corrupt
 from cossl.pipelines.geometry import stream, uniform
 
@@ -154,6 +154,20 @@ def test_a_shuffle_moves_pixels_within_reach() -> None:
     assert not np.array_equal(source[0], source[1])
     assert np.abs(columns - here[1])[:, :40].max() == 0  # the first row stays
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (0, 39, 0, 39)
+
+
+def test_rims_of_drops_are_opencv_s() -> None:
+    """Canny's edges pixel by pixel, in all four directions; distances from them to a ten-thousandth, which is OpenCV's own rounding."""
+    cv2 = pytest.importorskip("cv2")
+    random = np.random.default_rng(0)
+    for sigma in (0.8, 1.5, 3.0):
+        level = ndimage.gaussian_filter(random.random((90, 90)), sigma)
+        level = ((level - level.min()) / np.ptp(level) * 255).astype(np.uint8)
+        edge = _edges(np.pad(level.astype(np.int64), 1, mode="edge"), 50, 150)
+        wanted = cv2.Canny(level, 50, 150)
+        assert 0.02 < edge.mean() < 0.5
+        np.testing.assert_array_equal(edge, wanted > 0)
+        np.testing.assert_allclose(_distances(edge), cv2.distanceTransform(255 - wanted, cv2.DIST_L2, 5), rtol=1e-4)
 
 
 def test_an_affine_map_carries_the_moved_points_back() -> None:
