@@ -298,8 +298,10 @@ def test_groups_fit_into_the_memory_and_lose_no_place() -> None:
         for name, (places, _) in sizes.items():
             got = [place for group in found if name in group for place in range(group[name].start, group[name].stop)]
             assert got == list(range(places)), (memory, name)
-        most = max(sum(part.stop - part.start for part in group.values()) for group in found)
-        assert most <= max(1, int(memory / each) + 1)
+        for group in found:
+            places = {name: part.stop - part.start for name, part in group.items()}
+            size = sum(8 * 24 * 1000 * (sizes[name][1] + 256) * count for name, count in places.items())
+            assert size <= memory * 2**30 or sum(places.values()) == 1
 
 
 def test_few_shot_vectors_are_those_of_the_few(run: Path, pictures: Path) -> None:

@@ -141,9 +141,18 @@ def test_each_place_has_a_choice_of_its_own() -> None:
     found = search(feed_of(x, y, 50), None, {"x": heads}, 20)["x"]
     assert found.val.top1.shape == (2, 1)
     assert found.val.top1[0, 0] > found.val.top1[1, 0] + 20
-    for p in range(2):
-        assert torch.equal(found.heads.weight[p, 0], heads.weight[p, found.best[p]])
-        assert found.heads.lr[p, 0] == heads.lr[p, found.best[p]]
+    best = torch.tensor([5, 1])
+    for kept in (heads_of(2).only(best), heads_of(2).anew(best)):
+        assert [(lr, decay) for lr, decay in zip(kept.lr[:, 0].tolist(), kept.weight_decay[:, 0].tolist(), strict=True)] == [
+            (LRS[2], DECAYS[1]),
+            (LRS[0], DECAYS[1]),
+        ]
+    trained = heads_of(2)
+    fit({"x": trained}, feed_of(x / x.abs().amax((1, 2), keepdim=True), y, 50), 2, "")
+    for name, value in trained.only(best).state_dict().items():
+        for p in range(2):
+            assert torch.equal(value[p, 0], trained.state_dict()[name][p, best[p]]), name
+    assert not trained.anew(best).weight.any()
 
 
 def scores(top1: list[float], loss: list[float]) -> Score:
@@ -244,7 +253,8 @@ def test_a_part_is_more_than_nothing_and_less_than_all(frac: float) -> None:
 
 def test_scaled_vectors_have_mean_zero_and_length_one() -> None:
     x = torch.randn(2, 500, 8, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(-2, 6) + 7
-    x[1, :, 3] = 0.1
+    x[1, :, 3] = torch.tensor(0.1)
+    x[1, ::2, 3] = torch.tensor(0.1).nextafter(torch.tensor(1.0))  # rounding, and no signal
     scale = Scale.of(x.split(77, 1))
     y = scale(x)
     torch.testing.assert_close(y.mean(1), torch.zeros(2, 8), atol=1e-4, rtol=0)

@@ -183,12 +183,12 @@ def extract(subject: Subject, split: str, names: Collection[str], keep: Bool[Ten
     row = torch.arange(count) if keep is None else (keep.cumsum(0) - 1).masked_fill(~keep, -1)
     found = {name: torch.zeros(p, int(row.max()) + 1, c) for name, (p, c) in shapes(subject, names).items()}
     silent = subject.ranks.rank > 0 or not sys.stderr.isatty()
-    for batch in tqdm(loader.epoch(0), total=len(loader), desc=f"features of {split}", disable=silent, leave=False):
-        at = row[batch.index]
-        if (at >= 0).any():
+    for batch in tqdm(to_device(loader.epoch(0), device), total=len(loader), desc=f"features of {split}", disable=silent, leave=False):
+        at = row[batch.index.cpu()]
+        if (wanted := at >= 0).any():
             (images,) = batch.split()
-            for name, x in represent(subject.run.encoder, images[at >= 0].to(device), names).items():
-                found[name][:, at[at >= 0]] = x.cpu()
+            for name, x in represent(subject.run.encoder, images if wanted.all() else images[wanted.to(device)], names).items():
+                found[name][:, at[wanted]] = x.cpu()
     loader.close()
     if subject.ranks.world_size > 1:
         for x in found.values():
