@@ -37,7 +37,7 @@ from cossl.slurm.clusters import Cluster, load_cluster
 from cossl.slurm.folder import Job, Point, Sweep, add_points, held, read_sweep, sweep_of
 from cossl.slurm.point import CANCELLED, record
 
-Name = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="GRID")]
+Name = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="GRID", help="Name of a grid, or a TOML file.")]
 OWN_GRIDS = "heads weighting ablation_plan backbone receptive_field local_weight positions crop_size".split()
 Root = Annotated[Path, tyro.conf.arg(metavar="DIR")]
 

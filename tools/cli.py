@@ -30,7 +30,7 @@ def main() -> None:
     if verb in ("-h", "--help"):
         print("usage: cossl VERB ...\n")
         for name, (_, _, what) in VERBS.items():
-            print(f"  {name:<10}{what}")
+            print(f"  {name:<12}{what}")
         print("\ncossl VERB --help says more.")
         return
     if verb not in VERBS:
