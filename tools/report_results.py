@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from cossl.tools.report_page import Album, Html, join, pairs, section, shown, table, tag, warning
 from cossl.tools.report_read import FAMILIES, Record, Told
 
 FIGURE_LIMIT = 24  # of each result
+NETWORK = ("checkpoint", "checkpoint_bytes_time", "step", "weights_sha256")
+"""Of a protocol: which network was asked, not how. Runs differ in it by right."""
 
 
 def family_section(told: Sequence[Told], family: str, album: Album) -> Html:
@@ -41,7 +42,9 @@ def _result(told: Sequence[Told], family: str, name: str, album: Album) -> Itera
 
 def _stamp(label: str, result: Record) -> Html:
     versions = result["versions"] if isinstance(result.get("versions"), dict) else {}
-    known = {key: result[key] for key in ("time", "device", "code_version") if key in result} | versions
+    protocol: Record = result["protocol"] if isinstance(result.get("protocol"), dict) else {}
+    known = {key: protocol[key] for key in NETWORK if key in protocol}
+    known |= {key: result[key] for key in ("time", "device", "code_version") if key in result} | versions
     return join([tag("p", label, class_="label"), pairs((key, shown(value)) for key, value in known.items())]) if known else Html()
 
 
@@ -57,22 +60,27 @@ def _figures(one: Told, family: str, result: Record, album: Album, several: bool
 
 def protocols(told: Sequence[Told], results: Sequence[Record]) -> Html:
     """How the numbers above were measured: once, or if runs differ, of each run and loudly."""
-    kept = [(one, of) for one, of in zip(told, results, strict=True) if of]
-    texts = list(dict.fromkeys(json.dumps(of.get("protocol"), sort_keys=True) for _, of in kept))
+    kept = [(one.name, _how(of)) for one, of in zip(told, results, strict=True) if of]
     if not kept:
         return Html()
-    if len(texts) == 1:
-        return _protocol("protocol", kept[0][1].get("protocol"))
-    known = [(one.name, of["protocol"] if isinstance(of.get("protocol"), dict) else {}) for one, of in kept]
-    keys = [key for key in dict.fromkeys(key for _, of in known for key in of) if len({shown(of.get(key)) for _, of in known}) > 1]
-    lines = [f"{key}: {', '.join(f'{name} {shown(of.get(key))}' for name, of in known)}" for key in keys]
+    if len({json.dumps(how, sort_keys=True) for _, how in kept}) == 1:
+        return _protocol("protocol", kept[0][1])
+    keys = dict.fromkeys(key for _, how in kept for key in how or {})
+    words = {key: [shown((how or {}).get(key)) for _, how in kept] for key in keys}
+    lines = [f"{key}: {', '.join(f'{name} {word}' for (name, _), word in zip(kept, of, strict=True))}" for key, of in words.items()
+             if len(set(of)) > 1]  # fmt: skip
     return join([
         warning("Protocols differ: do not compare these numbers with one another", lines or ["some are not recorded"]),
-        *(_protocol(f"protocol of {one.name}", of.get("protocol")) for one, of in kept),
+        *(_protocol(f"protocol of {name}", how) for name, how in kept),
     ])  # fmt: skip
 
 
-def _protocol(label: str, protocol: Any) -> Html:
-    if not isinstance(protocol, dict):
+def _how(result: Record) -> Record | None:
+    protocol = result.get("protocol")
+    return {key: value for key, value in protocol.items() if key not in NETWORK} if isinstance(protocol, dict) else None
+
+
+def _protocol(label: str, protocol: Record | None) -> Html:
+    if protocol is None:
         return tag("p", f"{label}: not recorded", class_="label")
     return join([tag("p", label, class_="label"), pairs((key, shown(value)) for key, value in protocol.items())])
