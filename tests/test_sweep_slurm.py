@@ -153,11 +153,11 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, drawn: Path) -> dict[s
 
 def started(place: Place, slurm: SlurmCluster, steps: int = 60) -> None:
     """Waits until the first point has a checkpoint and is in the middle of an epoch."""
-    slurm.wait_for(lambda: place.steps() >= steps, 120, f"step {steps}")
+    slurm.wait_for(lambda: place.steps() >= steps, 300, f"step {steps}")
 
 
 def finished(place: Place, slurm: SlurmCluster, name: str = "grid") -> None:
-    slurm.wait_for(lambda: set(place.states(name)) <= {"done", "failed", "lost", "cancelled"}, 240, "end of the sweep")
+    slurm.wait_for(lambda: set(place.states(name)) <= {"done", "failed", "lost", "cancelled"}, 600, "end of the sweep")
     assert set(place.states(name)) == {"done"}, [(one.state, one.detail) for one in place.standings(name)]
 
 
@@ -320,7 +320,7 @@ def test_two_nodes_four_tasks_and_one_that_fails(place: Place, slurm: SlurmClust
     file = place.folder / "clusters.toml"
     file.write_text(CLUSTERS.replace("[local_two]", f'python = "{wrapper}"\n[local_two]'))
     place.submit(grid, "two_nodes", "--", "--batch-size", "40", "--epochs", "2")  # of 10 steps: four tasks on two cores are slow
-    slurm.wait_for(lambda: place.states() == ["failed"], 120, "failure")
+    slurm.wait_for(lambda: place.states() == ["failed"], 300, "failure")
     assert "task 3: ECC error" in place.standings()[0].detail
     broken.unlink()
     place.retry(grid, "--failed")
@@ -361,7 +361,7 @@ def test_a_full_disk(tmp_path: Path, drawn: Path, undisturbed: dict[str, Any], m
             filler = small / "filler"
             with pytest.raises(OSError, match="No space"):
                 filler.write_bytes(bytes(64 << 20))
-            cluster.wait_for(lambda: place.states()[0] in ("failed", "lost"), 120, "failure")
+            cluster.wait_for(lambda: place.states()[0] in ("failed", "lost"), 300, "failure")
             filler.unlink()
             place.retry(place.grid(), "--failed", "--lost")
             finished(place, cluster)
