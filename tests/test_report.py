@@ -15,7 +15,7 @@ from typing import Any
 import chromium
 import finished_sweeps
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -405,6 +405,9 @@ def test_values_as_words() -> None:
     assert [shown(value) for value in values] == ["—", "true", "3", "0.1235", "1 2.5", "a 1", "", "nan", "none", "too large a number"]
 
 
+@example(4e-323, 0.0, 5)
+@example(0.0, 5e-324, 4)
+@settings(deadline=None)
 @given(st.floats(-1e12, 1e12), st.floats(0, 1e12), st.integers(2, 6))
 def test_ticks_hold_the_data_and_are_few(low: float, width: float, count: int) -> None:
     values = ticks(low, low + width, count)

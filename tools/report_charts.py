@@ -78,8 +78,9 @@ def _draw(lines: Sequence[Line], x_label: str, from_zero: bool) -> Html:
 
 def ticks(low: float, high: float, count: int) -> list[float]:
     """About so many round numbers, of which the first is at most `low` and the last at least `high`; two at least."""
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
-        room = abs(high) / 10 or 1.0
+    biggest = max(abs(low), abs(high))
+    if high - low <= max(1e-9 * biggest, 1e-30):  # below that, its own tenth may be 0
+        room = biggest / 10 if biggest > 1e-30 else 1.0
         low, high = low - room, high + room
     rough = (high - low) / count
     size = 10 ** math.floor(math.log10(rough))
