@@ -113,7 +113,7 @@ class Config:
         if self.recompute and self.compile and self.device != "cpu":
             raise ValueError("--recompute works on the model as it is written: add --no-compile")
         if self.device_batch_size and (self.device_batch_size < 2 or self.batch_size % self.device_batch_size):
-            fits = [n for n in range(2, self.batch_size + 1) if self.batch_size % n == 0]
+            fits = [n for n in range(2, min(self.batch_size, 2**20) + 1) if self.batch_size % n == 0]
             near = min(fits, key=lambda n: abs(n - self.device_batch_size))
             raise ValueError(f"--device-batch-size {self.device_batch_size} does not divide --batch-size {self.batch_size}: try {near}")
         if self.optim.warmup_epochs >= self.epochs:
