@@ -134,7 +134,7 @@ def outcome(run_dir: Path) -> dict[str, Any]:
     results = json.loads((run_dir / "results.json").read_text())
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return {
-        "results": {key: value for key, value in results.items() if key not in ("images_per_s", "seconds")},
+        "results": {key: value for key, value in results.items() if key not in ("images_per_s", "seconds", "sha256")},
         "metrics": [{key: value for key, value in line.items() if key != "images_per_s"} for line in lines],
         "weights": {key: value.numpy().tobytes() for key, value in checkpoint.newest(run_dir)[0]["model"].items()},
     }
