@@ -128,8 +128,7 @@ def become_trainer(sweep: Sweep, point: Point, scratch: str = "") -> NoReturn:
     command = trainer(sweep, point, scratch)
     print(f"cossl sweep: {shlex.join(command[4:])}", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    os.environ |= tracker_id(point)
-    os.execv(command[0], command)
+    os.execve(command[0], command, os.environ | tracker_id(point))
 
 
 def tracker_id(point: Point) -> dict[str, str]:

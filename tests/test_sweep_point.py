@@ -225,17 +225,17 @@ def test_the_command_of_a_point(own: Sweep, monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_task_becomes_the_trainer_of_its_point(
     own: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    array, became, reset = tmp_path / "array.json", list[tuple[str, list[str]]](), list[int]()
+    array, became, reset = tmp_path / "array.json", list[tuple[str, list[str], str]](), list[int]()
     array.write_text(json.dumps([point.identity for point in own.points]))
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
-    monkeypatch.setattr(os, "execv", lambda path, argv: became.append((path, argv)))
+    monkeypatch.setattr(os, "execve", lambda path, argv, env: became.append((path, argv, env["WANDB_RUN_ID"])))
     monkeypatch.setattr(signal, "signal", lambda number, handler: reset.append(number) if handler == signal.SIG_DFL else None)
     with pytest.raises(RuntimeError, match="this job runs"):  # no snapshot
         at_point.run(str(own.folder), str(array), "")
     monkeypatch.setattr(at_point, "require_snapshot", lambda folder: None)
     at_point.run(str(own.folder), str(array), "")
     assert {signal.SIGTERM, signal.SIGUSR2} <= set(reset)  # submitit's handlers
-    assert became == [(sys.executable, trainer(own, own.points[1]))]
+    assert became == [(sys.executable, trainer(own, own.points[1]), own.points[1].identity)]
     assert capsys.readouterr().err.startswith(f"cossl sweep: in1k --run-dir {own.run_dir(own.points[1])} --resume")
 
 
