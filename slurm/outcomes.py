@@ -134,20 +134,21 @@ def _found(run_dir: Path, point: Point) -> dict[str, Any]:
     kinds = {"collapsed": bool, "device": str, "torch": str, "protocol": dict}
     told = {name: value if isinstance(value := results.get(name), kind) else None for name, kind in kinds.items()}
     protocol = told["protocol"] and json.dumps(told["protocol"], sort_keys=True)
-    return {name: _number(value) for name, value in numbers.items()} | told | {"protocol": protocol} | _last_start(run_dir)
+    return {name: _number(value) for name, value in numbers.items()} | told | {"protocol": protocol} | _starts(run_dir)
 
 
 def _number(value: Any) -> Any:
     return value if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf") else None
 
 
-def _last_start(run_dir: Path) -> dict[str, str | None]:
-    """Hardware and code version of the run's last start; None where environment.json does not say."""
+def _starts(run_dir: Path) -> dict[str, str | None]:
+    """Hardware of the run's last start and the code versions of all its starts; None where environment.json does not say."""
     version = hardware = None
     with contextlib.suppress(OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
-        start = json.loads((run_dir / "environment.json").read_bytes())[-1]
+        starts = json.loads((run_dir / "environment.json").read_bytes())
+        start = starts[-1]
         hardware = ", ".join(f"{n} x {gpu}" for gpu, n in Counter(start["gpus"]).items()) or start["cpu"]
-        version = start["code"]["version"]
+        version = " then ".join(dict.fromkeys(one["code"]["version"] for one in starts))
     return {name: value if isinstance(value, str) else None for name, value in {"hardware": hardware, "code_version": version}.items()}
 
 

@@ -36,7 +36,7 @@ def finish(sweep: Sweep, one: Point, found: Any, version: str = "0.1.0+gabc") ->
     folder = sweep.run_dir(one)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"preset": one.preset, "run_dir": str(folder)} | one.config))
-    starts = [{"cpu": "old", "gpus": [], "code": {"version": "old"}}, {"cpu": "Xeon", "gpus": [], "code": {"version": version}}]
+    starts = [{"cpu": "old", "gpus": [], "code": {"version": version}}, {"cpu": "Xeon", "gpus": [], "code": {"version": version}}]
     (folder / "environment.json").write_text(json.dumps(starts))
     (folder / "results.json").write_bytes(found if isinstance(found, bytes) else json.dumps(found).encode())
     return folder

@@ -271,14 +271,14 @@ def test_collapsed_runs_are_marked_and_named(tmp_path: Path) -> None:
     assert "collapsed" not in as_markdown(collect(sweep._replace(points=points[:2])))
 
 
-def test_code_and_machines_are_those_of_the_last_start(tmp_path: Path) -> None:
+def test_machines_are_those_of_the_last_start_and_code_that_of_all(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path, *(point({}, seed) for seed in (0, 1, 2)))
     for one, version in zip(sweep.points, ("0.1.0+gabc", "0.1.0+gabc", "0.1.0+gdef"), strict=True):
         folder = finish(sweep, one, results(device="cuda"), version)
-    starts = [{"cpu": "Xeon", "gpus": ["H200", "H200"], "code": {"version": version}}]
+    starts = [{"cpu": "Xeon", "gpus": ["H200", "H200"], "code": {"version": one}} for one in ("0.1.0+gabc", version)]
     (folder / "environment.json").write_text(json.dumps(starts))
     said = list(notes(collect(sweep)))
-    assert "code: 0.1.0+gabc (2 points), 0.1.0+gdef (1 points)" in said
+    assert "code: 0.1.0+gabc (2 points), 0.1.0+gabc then 0.1.0+gdef (1 points)" in said
     assert "ran on: cuda, Xeon (2 points), cuda, 2 x H200 (1 points); compare images/s only within one of them" in said
     assert "torch: 2.11.0" in said
 
