@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cossl.pipelines.augment import IMAGENET_MEAN, IMAGENET_STD, augment
 from cossl.pipelines.batch import Batch
+from cossl.pipelines.figure import save_figure
 from cossl.pipelines.positions import PositionSpec, source_points
 
 TILE_PX, GAP_PX, ROWS, FIELDS_SHOWN = 256, 8, 4, 3
@@ -154,6 +155,4 @@ def _draw_curves(metrics: Path, path: Path) -> None:
         axes.set(title=title, xlabel="epoch")
         if len(names) > 1:
             axes.legend()
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, dpi=100, format="png")
-    part.replace(path)
+    save_figure(figure, path, dpi=100)

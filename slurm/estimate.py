@@ -53,9 +53,7 @@ def _fastest(path: Path) -> tuple[float, dict[str, Any]]:
         best, step = max(rows, key=lambda row: row[0])
         return float(best), dict(step["settings"]["config"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} holds no step of ours with a loader ({error}): give one of cossl bench step --json"
-        ) from None
+        raise ValueError(f"{path} holds no step of ours with a loader ({error}): give one of cossl bench step --json") from None
 
 
 def _applies(rate: Rate, point: Point) -> bool:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
+from cossl.pipelines.figure import plain, save_figure
 from cossl.slurm.outcomes import MISSING, Collected, Setting
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -30,7 +30,7 @@ def draw_accuracy(collected: Collected, path: Path) -> None:
     figure = Figure(figsize=(width, 4 * len(collected.presets)), layout="constrained")
     for axes, preset in zip(figure.subplots(len(collected.presets), 1, squeeze=False)[:, 0], collected.presets, strict=True):
         _accuracy_panel(axes, collected, preset)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _groups(collected: Collected) -> tuple[list[str], list[str]]:
@@ -60,8 +60,8 @@ def _accuracy_panel(axes: Any, collected: Collected, preset: str) -> None:
         _draw_setting(axes, x, step, setting, which)
     floor = _draw_untrained(axes, collected, preset, lowest)
     axes.set(ylim=(lowest, highest), xlim=(-0.5, len(groups) - 0.5), ylabel="linear top-1, percent", title=_title(collected, preset))
-    axes.set_xticks(range(len(groups)), [_plain(group) for group in groups])
-    axes.set_xlabel(_plain(collected.axes[0].label if len(series) > 1 else ", ".join(axis.label for axis in collected.axes)))
+    axes.set_xticks(range(len(groups)), [plain(group) for group in groups])
+    axes.set_xlabel(plain(collected.axes[0].label if len(series) > 1 else ", ".join(axis.label for axis in collected.axes)))
     axes.vlines([i + 0.5 for i in range(len(groups) - 1)], 0, 1, "0.85", linewidth=0.8, transform=axes.get_xaxis_transform())
     axes.legend(handles=_legend(collected, series, floor), loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
 
@@ -117,7 +117,7 @@ def _legend(collected: Collected, series: list[str], floor: str) -> list[Any]:
     from matplotlib.lines import Line2D
 
     label = collected.axes[1].label if len(series) > 1 else ""
-    found = [Line2D([], [], label=_plain(f"{label} {word}"), **_look(which)) for which, word in enumerate(series) if label]
+    found = [Line2D([], [], label=plain(f"{label} {word}"), **_look(which)) for which, word in enumerate(series) if label]
     found.append(
         Line2D([], [], color="0.35", marker="|", markersize=12, linestyle="", label="mean and sample standard\ndeviation over seeds")
     )
@@ -138,7 +138,7 @@ def draw_speed(collected: Collected, path: Path) -> None:
         _speed_panel(axes, height, collected, settings)
         cut = f" (named are the {LABELLED} best of {len(settings)})" if len(settings) > LABELLED else ""
         axes.set(xlabel=f"images/s{cut}", ylabel="linear top-1, percent", title=_title(collected, preset))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _with_speed(settings: list[Setting]) -> list[Setting]:
@@ -171,7 +171,7 @@ def _speed_panel(axes: Any, height_in: float, collected: Collected, settings: li
                 "shrinkB": 5,
                 "relpos": (0, 0.5),
             }
-            name, where = _plain(_label(collected, setting)), (1.04, at[label])
+            name, where = plain(_label(collected, setting)), (1.04, at[label])
             axes.annotate(name, place, where, textcoords="axes fraction", va="center", fontsize=9, arrowprops=line)
     axes.set_ylim(bottom, top)
     axes.margins(x=0.08)
@@ -199,17 +199,6 @@ def _title(collected: Collected, preset: str) -> str:
     missing = sum(len(setting.outcomes) - setting.done for setting in settings)
     total = sum(len(setting.outcomes) for setting in settings)
     most = settings[0].most
-    return _plain(
+    return plain(
         f"{collected.grid}, {preset}: n = {most} seed{'s' * (most > 1)}" + (f", {missing} of {total} runs missing" if missing else "")
     )
-
-
-def _plain(text: str) -> str:
-    """Without the formula that matplotlib sees between two dollar signs."""
-    return re.sub(r"\$", r"\\$", text)
-
-
-def _save(figure: Any, path: Path) -> None:
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, dpi=150, format="png")
-    part.replace(path)

@@ -18,7 +18,6 @@ What a command needs of it:
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from cossl.pipelines.augment import normalize
 from cossl.pipelines.batch import Loader
 from cossl.pipelines.corruption_weather import Frost
 from cossl.pipelines.corruptions import CORRUPTIONS, FAMILIES, NAMES, SEVERITIES, corrupt
+from cossl.pipelines.figure import plain, save_figure
 from cossl.pipelines.imagenet_c import Published
 from cossl.tools.opened import pictures as batches_of
 from cossl.train import EVAL_BATCH
@@ -249,7 +249,7 @@ def draw_corruptions(results: Mapping[str, Mapping[str, Any]], path: Path) -> No
             means = [sum(at) / len(at) for at in zip(*(result["top1"][name] for name in found), strict=True)]
             clean = [] if result["clean_top1"] is None else [(0, result["clean_top1"])]
             look = {"marker": MARKERS[which % len(MARKERS)], "color": COLOURS[which % len(COLOURS)]}
-            axes.plot(*zip(*clean, *zip(result["severities"], means, strict=True), strict=True), label=_plain(run), **look)
+            axes.plot(*zip(*clean, *zip(result["severities"], means, strict=True), strict=True), label=plain(run), **look)
         axes.set_title(family, fontsize=11, pad=30)  # room for two lines of names
         axes.text(0.5, 1.02, _wrapped(found), transform=axes.transAxes, ha="center", va="bottom", fontsize=9, color="0.35")
         axes.set(xlabel="severity", ylabel="top-1, percent" if axes in panels[::columns] else "")
@@ -257,9 +257,7 @@ def draw_corruptions(results: Mapping[str, Mapping[str, Any]], path: Path) -> No
         axes.grid(alpha=0.3)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), frameon=False)
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, dpi=150, format="png")
-    part.replace(path)
+    save_figure(figure, path)
 
 
 def _common(results: Mapping[str, Mapping[str, Any]], family: str) -> list[str]:
@@ -273,8 +271,3 @@ def _wrapped(names: Sequence[str]) -> str:
     words = [name.replace("_noise", "").replace("_blur", "").replace("_", " ") for name in names]
     half = -(-len(words) // 2)
     return ", ".join(words[:half]) + (",\n" + ", ".join(words[half:]) if words[half:] else "")
-
-
-def _plain(text: str) -> str:
-    """Without the formula that matplotlib sees between two dollar signs."""
-    return re.sub(r"\$", r"\\$", text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
+
+from cossl.pipelines.figure import plain, save_figure
 
 NAMED = 40
 """Up to so many classes every row and column has its name, up to NUMBERED every cell its number."""
@@ -38,7 +39,7 @@ def draw_confusion(path: Path, confusion: Int[Tensor, "m m"] | None, names: Sequ
     image = axes.imshow(shares.numpy(), cmap=COLOURS, norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
     axes.set(xlabel="said to be", ylabel="is", title=f"{m} classes, percent of each row" + f", {each} a dot" * (each > 1))
     if m <= NAMED:
-        shown = [_plain(name) for name in names]
+        shown = [plain(name) for name in names]
         axes.set_xticks(range(m), shown, rotation=90, fontsize=9)
         axes.set_yticks(range(m), shown, fontsize=9)
     else:
@@ -55,7 +56,7 @@ def draw_confusion(path: Path, confusion: Int[Tensor, "m m"] | None, names: Sequ
                     axes.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=9, color=colour)
     figure.colorbar(image, ax=axes, shrink=0.7, label="percent")
     _draw_pairs(bars, most[:CONFUSED])
-    _save(figure, path)
+    save_figure(figure, path, dpi=120)
 
 
 def _pooled(confusion: Int[Tensor, "m m"], each: int) -> Int[Tensor, "g g"]:
@@ -67,7 +68,7 @@ def _pooled(confusion: Int[Tensor, "m m"], each: int) -> Int[Tensor, "g g"]:
 def _draw_pairs(axes: Any, most: Sequence[Sequence[Any]]) -> None:
     places = range(len(most))
     axes.barh(places, [share for _, _, share in most], color="#0072b2")
-    axes.set_yticks(places, [_plain(f"{_short(true)} as {_short(said)}") for true, said, _ in most], fontsize=9)
+    axes.set_yticks(places, [plain(f"{_short(true)} as {_short(said)}") for true, said, _ in most], fontsize=9)
     axes.invert_yaxis()
     axes.set(xlabel="percent of the class's pictures", title="most often mistaken")
     axes.spines[["top", "right"]].set_visible(False)
@@ -95,16 +96,4 @@ def draw_map(path: Path, top1: Sequence[Sequence[float]]) -> None:
     axes.set_yticks(range(0, n, max(1, n // 8)))
     axes.set(xlabel="column of the feature map", ylabel="row", title=f"one linear probe a position, mean {float(values.mean()):.1f} %")
     figure.colorbar(image, ax=axes, label="top-1, percent")
-    _save(figure, path)
-
-
-def _plain(text: str) -> str:
-    """Without the formula that matplotlib sees between two dollar signs."""
-    return re.sub(r"\$", r"\\$", text)
-
-
-def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, dpi=120, format="png")
-    part.replace(path)
+    save_figure(figure, path, dpi=120)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from cossl.models.locality import field_box
 from cossl.models.rf_resnet import PositionGrid
+from cossl.pipelines.figure import plain, save_figure
 
 Results = dict[str, dict[str, Any]]
 """{run: result}."""
@@ -57,9 +57,9 @@ def draw_similarity(path: Path, results: Results, pictures: UInt8[Tensor, "b 3 s
         for row, (run, space, found) in enumerate(rows, 1):
             axes = tile(band, row, column)
             _draw_map(axes, picture, found, i, limits[space])
-            _bare(axes, (f"{_plain(run)}\n" if len(results) > 1 else "") + space if column == 0 else "")
+            _bare(axes, (f"{plain(run)}\n" if len(results) > 1 else "") + space if column == 0 else "")
     _similarity_foot(figure, {space: next(found for _, name, found in rows if name == space) for space in names}, limits, foot)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _limits(spaces: list[dict[str, Any]]) -> tuple[float, float]:
@@ -145,11 +145,11 @@ def draw_redundancy(path: Path, results: Results) -> None:
         right.set_xlim(left=0)
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _row_name(run: str, which: str, results: Results) -> str:
-    return which if len(results) == 1 else _plain(run) if which == "trained" else "  untrained"
+    return which if len(results) == 1 else plain(run) if which == "trained" else "  untrained"
 
 
 def _pairs(axes: Any, rows: list[tuple[str, dict[str, Any]]], keys: tuple[str, str], spread: str) -> None:
@@ -178,7 +178,7 @@ def draw_positions(path: Path, results: Results) -> None:
             ticks: set[int] = set()
             for i, (run, result) in enumerate(results.items()):
                 if space in result["spaces"]:
-                    _accuracy_line(axes, result["counts"], result["spaces"][space][key], _plain(run), i)
+                    _accuracy_line(axes, result["counts"], result["spaces"][space][key], plain(run), i)
                     ticks |= set(result["counts"])
             axes.set_xscale("log", base=2)
             axes.set_xticks([k for k in sorted(ticks) if k == max(ticks) or k * 1.4 < max(ticks)])
@@ -189,7 +189,7 @@ def draw_positions(path: Path, results: Results) -> None:
             axes.grid(color="0.9")
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=max(1, min(4, len(handles))), frameon=False, fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _accuracy_line(axes: Any, counts: list[int], tops: list[list[float]], label: str, which: int) -> None:
@@ -222,13 +222,13 @@ def draw_fields(path: Path, results: Results) -> None:
             axes.imshow(relative, cmap="inferno", norm=LogNorm(1e-3, 1), extent=(0, len(gradient), len(gradient), 0))
             axes.set_facecolor("black")
             _squares(axes, result, which)
-            axes.set_title(f"{_plain(run)}\n{which}" if row == 0 else which, fontsize=10)
+            axes.set_title(f"{plain(run)}\n{which}" if row == 0 else which, fontsize=10)
             axes.tick_params(labelsize=9)
             maps.append(axes)
     figure.colorbar(maps[0].images[0], ax=maps, shrink=0.7, label="root mean square gradient, share of the largest", extend="min")
     curves = figure.add_subplot(spec[:, count])
     _energy_curves(curves, results)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _squares(axes: Any, result: dict[str, Any], which: str) -> None:
@@ -252,7 +252,7 @@ def _energy_curves(axes: Any, results: Results) -> None:
         colour = COLOURS[i % len(COLOURS)]
         for which, style in zip(NETWORKS, ("-", ":"), strict=True):
             found = result[which]
-            label = f"{_plain(run)}, {which}: {found['side95_px']:g} px"
+            label = f"{plain(run)}, {which}: {found['side95_px']:g} px"
             axes.plot(found["sides_px"], found["shares"], style, color=colour, label=label)
         axes.axvline(result["grid"]["receptive_field_px"], color=colour, linewidth=0.9, linestyle="--", alpha=0.7)
     axes.axhline(0.95, color="0.6", linewidth=0.8)
@@ -273,14 +273,3 @@ FIGURES: dict[str, Callable[[Path, Results], None]] = {
     "positions": draw_positions,
     "receptive-field": draw_fields,
 }
-
-
-def _plain(text: str) -> str:
-    """Without the formula that matplotlib sees between two dollar signs."""
-    return re.sub(r"\$", r"\\$", text)
-
-
-def _save(figure: Any, path: Path) -> None:
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, dpi=150, format="png")
-    part.replace(path)

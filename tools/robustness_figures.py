@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cossl.pipelines.figure import save_figure
+
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 """Okabe and Ito's, told apart by the colour-blind too; with the markers, 56 different looks."""
 MARKERS = "osD^vPX*"
@@ -35,7 +37,7 @@ def draw_curves(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     title = next(iter(results.values()))["title"]
     figure.suptitle(title, fontsize=12)
     figure.legend(handles=_legend(results), loc="outside lower center", ncols=1 if len(results) > 3 else len(results) + 2, frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _panel(axes: Any, name: str, results: Mapping[str, Mapping[str, Any]]) -> None:
@@ -70,11 +72,3 @@ def _legend(results: Mapping[str, Mapping[str, Any]]) -> list[Any]:
     if any(one["unchanged_top1"] is not None for result in results.values() for one in result["curves"]):
         lines.append(Line2D([], [], color="0.35", linestyle="dashed", linewidth=1, label="unchanged pictures"))
     return [*lines, Line2D([], [], color="0.35", linestyle="dotted", linewidth=1.2, label="chance")]
-
-
-def _save(figure: Any, path: Path) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, format="png", dpi=150)
-    part.replace(path)
