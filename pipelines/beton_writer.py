@@ -20,8 +20,8 @@ import signal
 import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any, BinaryIO
@@ -177,6 +177,16 @@ def _keep_freed_memory() -> None:
         mallopt(trim_threshold, 2 * HELD_BYTES)
 
 
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """An interrupt waits until the end: a process forked here ignores it before it can hear it, and the parent knows of the process."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _work(job: _Job, me: int, report: Connection) -> None:
     """One worker process: shard after shard until none is left. Reports each shard, then the end, or its one error."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends this process
@@ -260,11 +270,11 @@ def write_rows(
             for me in range(num_workers):
                 ours, theirs = context.Pipe(duplex=False)
                 process = context.Process(target=_work, args=(job, me, theirs), daemon=True)
-                with warnings.catch_warnings():
+                with warnings.catch_warnings(), _interrupts_held():
                     # Python 3.12 warns of any fork in a process with threads; see above for why this one is safe.
                     warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
                     process.start()
-                processes[ours] = process
+                    processes[ours] = process
                 theirs.close()
             _collect(processes, job, partial, progress)
         finally:

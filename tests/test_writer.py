@@ -420,11 +420,16 @@ def test_an_interrupt_right_after_the_first_line_of_the_journal_keeps_it(folder,
 
 def test_an_interrupt_keeps_what_is_done_and_says_so(folder, tmp_path, expected, capfd, monkeypatch):
     """Ctrl-C in a terminal: SIGINT for the command and all of its processes."""
-    out = tmp_path / "set.beton"
+    out, run = tmp_path / "set.beton", multiprocessing.process.BaseProcess.run
+
+    def interrupted_run(worker: multiprocessing.process.BaseProcess) -> None:
+        os.kill(os.getpid(), signal.SIGINT)  # as early as a worker can hear it
+        run(worker)
 
     def command() -> None:
         os.setsid()
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with SIGINT ignored
+        multiprocessing.process.BaseProcess.run = interrupted_run
         conversion.FolderRows = SlowRows
         sys.argv = ["cossl", "convert", str(folder), str(out), "--mode", "proportion", "--workers", "2"]
         cli.main()
