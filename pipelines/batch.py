@@ -8,7 +8,7 @@ import mmap
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Protocol, get_args
 
 import numpy as np
@@ -121,6 +121,9 @@ class LoaderSpec:
     world_size: int = 1
     """`batch_size` is that of all ranks together; every batch is cut into world_size equal runs, of which rank r renders number r, so the
     ranks' batches laid end to end are the joint one, whatever their number. In evaluation a rank may end one step early."""
+    subset: Int[np.ndarray, " n"] | None = field(default=None, compare=False)
+    """The samples that are loaded, in any order, by their index in the set, which `Batch.index` keeps; None is all of them. Crops and
+    colours stay those that a sample has among all, in every epoch. Trap: two specs that differ in nothing else are equal."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or not self.recipe:
@@ -142,20 +145,29 @@ class LoaderSpec:
         if self.shuffle and self.batch_size % self.world_size:
             near = self.batch_size // self.world_size * self.world_size or self.world_size
             raise ValueError(f"batch size {self.batch_size} does not divide among {self.world_size} ranks: use --batch-size {near}")
+        if self.subset is not None:
+            _check_subset(self.subset)
 
     def steps(self, num_samples: int, pages: Int[np.ndarray, " n"] | None = None) -> int:
         """Steps of an epoch. `pages` are those of the samples in their file; an image folder has none."""
         if self.shuffle and self.order == "pages" and pages is None:
             raise ValueError("order 'pages' goes by the pages of a beton, and these pictures are none: convert them, or use order random")
-        if not num_samples:
+        count = self._count(num_samples)
+        if not count:
             raise ValueError("the picture set is empty: nothing to load")
         if not self.shuffle:
-            return -(-num_samples // self.batch_size)
-        if self.batch_size > num_samples:
-            raise ValueError(
-                f"batch size {self.batch_size} is larger than the set of {num_samples} pictures: use --batch-size {num_samples} or less"
-            )
-        return num_samples // self.batch_size
+            return -(-count // self.batch_size)
+        if self.batch_size > count:
+            raise ValueError(f"batch size {self.batch_size} is larger than the set of {count} pictures: use --batch-size {count} or less")
+        return count // self.batch_size
+
+    def _count(self, num_samples: int) -> int:
+        """How many are loaded."""
+        if self.subset is None:
+            return num_samples
+        if (last := int(self.subset.max())) >= num_samples:
+            raise ValueError(f"subset: sample {last} of a set of {num_samples} pictures, expected 0 to {num_samples - 1}")
+        return len(self.subset)
 
     def allocate(self, count: int, block: Callable[[int], Tensor] | None = None) -> Batch:
         """A batch of `count` samples with nothing in it, in memory of `block(bytes)`, uint8."""
@@ -173,16 +185,17 @@ class LoaderSpec:
 
     def order_of(self, num_samples: int, epoch: int, pages: Int[np.ndarray, " n"] | None = None) -> Int[np.ndarray, " n"]:
         """Sample indices in the order of this epoch: a function of (seed, epoch) and, for order "pages", of the page of each sample."""
+        samples = np.arange(num_samples) if self.subset is None else np.sort(self.subset).astype(np.int64)
         if not self.shuffle:
-            return np.arange(num_samples)
+            return samples
         random = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
         if pages is None or self.order == "random":
-            return random.permutation(num_samples)
-        _, page = np.unique(pages, return_inverse=True)
+            return random.permutation(samples)
+        _, page = np.unique(pages[samples], return_inverse=True)
         turn = random.permutation(page.max() + 1)[page]  # when each sample's page has its turn
-        by_turn = np.lexsort((np.arange(num_samples), turn))
+        by_turn = np.lexsort((samples, turn))
         starts = np.searchsorted(turn[by_turn] // WINDOW_PAGES, np.arange(1, turn.max() // WINDOW_PAGES + 1))
-        return np.concatenate([random.permutation(window) for window in np.split(by_turn, starts)])
+        return samples[np.concatenate([random.permutation(window) for window in np.split(by_turn, starts)])]
 
     def batches(
         self, num_samples: int, epoch: int, start_step: int, pages: Int[np.ndarray, " n"] | None = None
@@ -196,6 +209,18 @@ class LoaderSpec:
             part = joint[self.rank * len(joint) // self.world_size : (self.rank + 1) * len(joint) // self.world_size]
             if len(part):
                 yield part
+
+
+def _check_subset(subset: Int[np.ndarray, " n"]) -> None:
+    if subset.ndim != 1 or subset.dtype.kind not in "iu":
+        raise ValueError(f"subset: {subset.ndim} axes of {subset.dtype}, expected the indices of samples in one")
+    if not len(subset):
+        raise ValueError("subset: no sample, expected at least one; None loads all")
+    if subset.min() < 0:
+        raise ValueError(f"subset: sample {subset.min()}, expected 0 or more")
+    found, counts = np.unique(subset, return_counts=True)
+    if len(found) < len(subset):
+        raise ValueError(f"subset: sample {found[counts.argmax()]} stands there {counts.max()} times, expected once")
 
 
 def to_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
