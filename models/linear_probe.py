@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -15,14 +16,34 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cossl.models.parallel import ALONE, Ranks
+
 MOMENTUM = 0.9
 
 Batch = tuple[dict[str, Float[Tensor, "p b c"]], Int[Tensor, " b"]]
 """The vectors of b pictures by the name of the feature, and their labels."""
 
 
+class Grid(NamedTuple):
+    """What is tried for one feature: h pairs of learning rate and weight decay at each of p places."""
+
+    lr: Float[Tensor, "p h"]
+    weight_decay: Float[Tensor, "p h"]
+    classes: int
+    features: int
+
+    def part(self, heads: slice) -> Grid:
+        """Some of the pairs."""
+        return self._replace(lr=self.lr[:, heads], weight_decay=self.weight_decay[:, heads])
+
+    def best(self, best: Int[Tensor, " p"]) -> Grid:
+        """The best pair of each place alone."""
+        lr, decay = (value.gather(1, _wide(best, value)) for value in (self.lr, self.weight_decay))
+        return self._replace(lr=lr, weight_decay=decay)
+
+
 class Heads(nn.Module):
-    """h softmax classifiers at each of p places, each with its own learning rate and weight decay, starting at zero.
+    """h softmax classifiers at each of p places, each with its own learning rate and weight decay, starting at zero: those of a `Grid`.
 
     Each takes the steps of `torch.optim.SGD(nn.Linear(c, m).parameters(), lr, MOMENTUM, weight_decay=...)` on its own cross-entropy, biases
     decaying too. The gradient is written down instead of differentiated, and added to the momentum by the product that makes it, so there
@@ -49,7 +70,7 @@ class Heads(nn.Module):
         """Of every head."""
         p, h, m, c = self.weight.shape
         flat = torch.baddbmm(self.bias.view(p, 1, h * m), x, self.weight.view(p, h * m, c).transpose(1, 2))
-        return flat.view(p, -1, h, m)
+        return flat.view(p, x.shape[1], h, m)
 
     @torch.no_grad()
     def step_(self, x: Float[Tensor, "p b c"], y: Int[Tensor, " b"], rate: float) -> None:
@@ -66,17 +87,6 @@ class Heads(nn.Module):
             if self._decays:
                 momentum.addcmul_(value, self.weight_decay.view(wide))
             value.addcmul_(momentum, self.lr.view(wide), value=-rate)
-
-    def only(self, best: Int[Tensor, " p"]) -> Heads:
-        """The best head of each place alone, as it is."""
-        heads = self.anew(best)
-        heads.load_state_dict({name: value.gather(1, _wide(best, value)) for name, value in self.state_dict().items()})
-        return heads
-
-    def anew(self, best: Int[Tensor, " p"]) -> Heads:
-        """The best head of each place alone, with its learning rate and weight decay but untrained."""
-        lr, decay = (value.gather(1, _wide(best, value)) for value in (self.lr, self.weight_decay))
-        return Heads(lr, decay, *self.weight.shape[2:])
 
 
 def _wide(best: Int[Tensor, " p"], like: Tensor) -> Tensor:
@@ -185,30 +195,82 @@ class Found(NamedTuple):
     val: Score
 
 
+class _OfAllRanks:
+    """A keeper of whole grids for ranks that train a part of them each."""
+
+    def __init__(self, keeper: Keeper, ranks: Ranks, grids: Mapping[str, Grid]) -> None:
+        self.keeper, self.ranks, self.heads = keeper, ranks, {name: grid.lr.shape[1] for name, grid in grids.items()}
+
+    def get(self, stage: str) -> tuple[int, dict[str, Any]] | None:
+        found = self.keeper.get(stage)
+        if found is None:
+            return None
+        mine = {name: share_of(self.ranks, h) for name, h in self.heads.items()}
+        return found[0], {name: {key: value[:, mine[name]] for key, value in state.items()} for name, state in found[1].items()}
+
+    def put(self, stage: str, epochs: int, state: Callable[[], dict[str, Any]], last: bool) -> None:
+        def whole() -> dict[str, Any]:
+            return {name: _whole(part, self.ranks, self.heads[name]) for name, part in state().items()}
+
+        self.keeper.put(stage, epochs, whole, last)
+
+
+def share_of(ranks: Ranks, heads: int) -> slice:
+    """Which heads of a grid this rank trains: a run of them, none where there are more ranks than heads."""
+    first, end = (rank * heads // ranks.world_size for rank in (ranks.rank, ranks.rank + 1))
+    return slice(first, end)
+
+
+def _whole(part: Mapping[str, Tensor], ranks: Ranks, heads: int) -> dict[str, Tensor]:
+    """[p heads ...] of each [p share ...]. Every rank has to call it."""
+    return {key: joined(value, ranks, heads) for key, value in part.items()}
+
+
+def joined(part: Float[Tensor, "p share *n"], ranks: Ranks, heads: int) -> Float[Tensor, "p heads *n"]:
+    """What all ranks have of their heads, in order. Every rank has to call it."""
+    if ranks.world_size == 1:
+        return part
+    padded = part.new_zeros(1, part.shape[0], -(-heads // ranks.world_size), *part.shape[2:])
+    padded[0, :, : part.shape[1]] = part
+    shares = (share_of(replace(ranks, rank=rank), heads) for rank in range(ranks.world_size))
+    return torch.cat([each[:, : share.stop - share.start] for each, share in zip(ranks.gather(padded), shares, strict=True)], 1)
+
+
 def search(
     feed: Feed,
     whole: Feed | None,
-    fresh: Mapping[str, Heads],
+    grids: Mapping[str, Grid],
     epochs: int,
     by: str = "top1",
     keeper: Keeper | None = None,
     stage: str = "",
+    ranks: Ranks = ALONE,
 ) -> dict[str, Found]:
     """Trains all heads, chooses the best of each place by `feed.held_out`, and only then looks at val.
 
     whole: the same with nothing held out; on it the chosen ones are trained again from the start. None: they stay as they are.
+    Of several ranks, to each of which the feeds give the same whole batches, every one trains a part of the heads; the chosen ones are
+    trained by all of them alike. Every rank has to call it and has the result.
     """
-    fit(fresh, feed, epochs, f"{stage}grid", keeper)
-    held = score(fresh, feed.held_out())
+    mine = {name: Heads(*grid.part(share_of(ranks, grid.lr.shape[1]))) for name, grid in grids.items()}
+    fit(mine, feed, epochs, f"{stage}grid", None if keeper is None else _OfAllRanks(keeper, ranks, grids))
+    held = {name: _of_all_ranks(each, ranks, grids[name].lr.shape[1]) for name, each in score(mine, feed.held_out()).items()}
     best = {name: choose(each, by) for name, each in held.items()}
-    at = {name: best[name].to(heads.lr.device) for name, heads in fresh.items()}
-    if whole is None:
-        chosen = {name: heads.only(at[name]) for name, heads in fresh.items()}
-    else:
-        chosen = {name: heads.anew(at[name]) for name, heads in fresh.items()}
+    at = {name: best[name].to(grid.lr.device) for name, grid in grids.items()}
+    chosen = {name: Heads(*grid.best(at[name])) for name, grid in grids.items()}
+    if whole is not None:
         fit(chosen, whole, epochs, f"{stage}again", keeper)
+    for name, heads in chosen.items() if whole is None else ():
+        state = _whole(mine[name].state_dict(), ranks, grids[name].lr.shape[1])
+        heads.load_state_dict({key: value.gather(1, _wide(at[name], value)) for key, value in state.items()})
     val = score(chosen, feed.val())
-    return {name: Found(chosen[name], held[name], best[name], val[name]) for name in fresh}
+    return {name: Found(chosen[name], held[name], best[name], val[name]) for name in grids}
+
+
+def _of_all_ranks(score: Score, ranks: Ranks, heads: int) -> Score:
+    """That of all heads; counts stay as they are."""
+    top1, top5, loss = (joined(value, ranks, heads) for value in score[:3])
+    return Score(top1, top5, loss, score.confusion)
 
 
 # ------------------------------------------------------------------------------------------------- which pictures, and their scale

@@ -386,8 +386,19 @@ def work(rank: int, folder: Path, run: Path, pictures: Path) -> None:
     train, val = (features(subject, split, ["global"])["global"][0] for split in ("train", "val"))
     again = features(subject, "train", ["global"])["global"][0]
     tops = knn_top1s(train, subject.pictures.labels["train"], val, subject.pictures.labels["val"], (1, 5, 20), (0.07, 1.0), ranks)
-    torch.save({"train": train, "val": val, "again": again, "tops": tops}, folder / f"{rank}.pt")
+    torch.save({"train": train, "val": val, "again": again, "tops": tops, "probes": probed(subject, folder)}, folder / f"{rank}.pt")
     launch.leave()
+
+
+def probed(subject: Subject, out: Path) -> dict[str, Any]:
+    """Two linear probes, from vectors in memory and from the network in every epoch: what is told of them but for the figures."""
+    settings = eval_linear.ProbeSettings(3, 8, (0.1, 1.0, 10.0), (0.0,), 0.25, True, False, 0)
+    found = {}
+    for name, memory_gib in (("kept", 1.0), ("streamed", 1e-9)):
+        result = eval_linear.linear(subject, settings, ["global", "position"], name, out, memory_gib)
+        found[name] = {key: value for key, value in result.items() if key != "figures"}
+    assert found["kept"].pop("vectors") != found["streamed"].pop("vectors")
+    return found
 
 
 def test_two_processes_find_what_one_finds(run: Path, pictures: Path, tmp_path: Path) -> None:
@@ -396,6 +407,8 @@ def test_two_processes_find_what_one_finds(run: Path, pictures: Path, tmp_path: 
     subject = Subject(opened, set_, run / "last.pt", PX, 0.875, 0, tmp_path / "own")
     train, val = (features(subject, split, ["global"])["global"][0] for split in ("train", "val"))
     expected = knn_top1s(train, set_.labels["train"], val, set_.labels["val"], (1, 5, 20), (0.07, 1.0))
+    (tmp_path / "alone").mkdir()
+    probes = probed(subject, tmp_path / "alone")
     multiprocessing.get_context("forkserver").set_forkserver_preload(["pytest", "cossl.tools.evaluate"])
     torch.multiprocessing.start_processes(work, (tmp_path, run, pictures), 2, start_method="forkserver")
     for rank in range(2):
@@ -404,7 +417,11 @@ def test_two_processes_find_what_one_finds(run: Path, pictures: Path, tmp_path: 
         torch.testing.assert_close(found["val"], val, rtol=1e-4, atol=1e-5)
         assert torch.equal(found["again"], found["train"])
         assert found["tops"] == pytest.approx(expected, abs=2.6)
+        assert found["probes"] == probes
     assert len(expected) == 6
+    for name in ("kept", "streamed"):  # the first rank writes
+        ends = ("global.pt", "global-confusion.png", "position.pt", "position.png")
+        assert {path.name for path in tmp_path.glob(f"{name}-*")} == {f"{name}-{end}" for end in ends}
 
 
 # ------------------------------------------------------------------------------------------------- mistakes, help, figures

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -12,8 +15,10 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cossl.models.linear_probe import Batch, Feed, Heads, Scale, Score, choose, few_shot, fit, grid_of, held_out, score, search
+from cossl.models.linear_probe import Batch, Feed, Grid, Heads, Scale, Score, choose, few_shot, fit, grid_of, held_out, score, search
+from cossl.models.parallel import Ranks
 
+T = TypeVar("T")
 LRS, DECAYS = (0.03, 0.5, 3.0), (0.0, 1e-2)
 
 
@@ -37,9 +42,13 @@ def feed_of(x: Tensor, y: Tensor, batch: int, held: tuple[Tensor, Tensor] | None
     return Feed(len(y) // batch, epoch, whole(held or (x, y)), whole(val or (x, y)))
 
 
-def heads_of(places: int, lrs: tuple[float, ...] = LRS, decays: tuple[float, ...] = DECAYS, classes: int = 4, features: int = 6) -> Heads:
+def tries(places: int, lrs: tuple[float, ...] = LRS, decays: tuple[float, ...] = DECAYS, classes: int = 4, features: int = 6) -> Grid:
     lr, decay = grid_of(lrs, decays)
-    return Heads(lr.repeat(places, 1), decay.repeat(places, 1), classes, features)
+    return Grid(lr.repeat(places, 1), decay.repeat(places, 1), classes, features)
+
+
+def heads_of(*args: Any, **named: Any) -> Heads:
+    return Heads(*tries(*args, **named))
 
 
 @pytest.mark.parametrize("places", [1, 3])
@@ -80,7 +89,7 @@ def test_with_decay_a_head_finds_sklearns_regression() -> None:
 
 def test_separable_classes_are_separated() -> None:
     (x, y), (val_x, val_y) = blobs(300, spread=0.05), blobs(300, seed=1, spread=0.05)
-    found = search(feed_of(x[None], y, 50, val=(val_x[None], val_y)), None, {"x": heads_of(1)}, 20)["x"]
+    found = search(feed_of(x[None], y, 50, val=(val_x[None], val_y)), None, {"x": tries(1)}, 20)["x"]
     assert found.val.top1.item() == 100
     assert found.val.confusion is not None
     assert torch.equal(found.val.confusion, torch.diag(torch.bincount(val_y, minlength=4)))
@@ -112,21 +121,21 @@ def test_best_is_chosen_by_what_is_held_out_and_never_by_val() -> None:
     found = []
     for labels in (val_y, val_y[torch.randperm(300, generator=torch.Generator().manual_seed(3))], (val_y + 1) % 4):
         feed = feed_of(x[None], y, 20, (held_x[None], held_y), (val_x[None], labels))
-        found.append(search(feed, feed, {"x": heads_of(1, (1e-4, 0.1, 30.0), (0.0, 1.0))}, 30)["x"])
+        found.append(search(feed, feed, {"x": tries(1, (1e-4, 0.1, 30.0), (0.0, 1.0))}, 30)["x"])
     assert len({each.best.item() for each in found}) == 1
     assert len({each.val.top1.item() for each in found}) == 3
     assert torch.equal(found[0].heads.weight, found[1].heads.weight)
     best = found[0].best.item()
     assert found[0].held.top1[0, best] == found[0].held.top1.max()
     other = feed_of(x[None], y, 20, (held_x[None], (held_y + 1) % 4), (val_x[None], val_y))
-    assert search(other, None, {"x": heads_of(1, (1e-4, 0.1, 30.0), (0.0, 1.0))}, 30)["x"].best.item() != best
+    assert search(other, None, {"x": tries(1, (1e-4, 0.1, 30.0), (0.0, 1.0))}, 30)["x"].best.item() != best
 
 
 def test_chosen_head_is_trained_again_on_all_of_train_or_left_as_it_is() -> None:
     (x, y), (more_x, more_y) = blobs(60), blobs(90, 1)
     feed, whole = feed_of(x[None], y, 20), feed_of(more_x[None], more_y, 30)
-    kept = search(feed, None, {"x": heads_of(1)}, 5)["x"]
-    again = search(feed, whole, {"x": heads_of(1)}, 5)["x"]
+    kept = search(feed, None, {"x": tries(1)}, 5)["x"]
+    again = search(feed, whole, {"x": tries(1)}, 5)["x"]
     assert kept.best.item() == again.best.item()
     for found, expected in ((kept, feed), (again, whole)):
         alone = heads_of(1)
@@ -137,22 +146,13 @@ def test_chosen_head_is_trained_again_on_all_of_train_or_left_as_it_is() -> None
 def test_each_place_has_a_choice_of_its_own() -> None:
     y = blobs(200)[1]
     x = torch.stack([blobs(200)[0], torch.randn(200, 6, generator=torch.Generator().manual_seed(5)).double() * 1e3])
-    heads = heads_of(2, (1e-6, 0.5), (0.0,))
-    found = search(feed_of(x, y, 50), None, {"x": heads}, 20)["x"]
+    found = search(feed_of(x, y, 50), None, {"x": tries(2, (1e-6, 0.5), (0.0,))}, 20)["x"]
     assert found.val.top1.shape == (2, 1)
     assert found.val.top1[0, 0] > found.val.top1[1, 0] + 20
     best = torch.tensor([5, 1])
-    for kept in (heads_of(2).only(best), heads_of(2).anew(best)):
-        assert [(lr, decay) for lr, decay in zip(kept.lr[:, 0].tolist(), kept.weight_decay[:, 0].tolist(), strict=True)] == [
-            (LRS[2], DECAYS[1]),
-            (LRS[0], DECAYS[1]),
-        ]
-    trained = heads_of(2)
-    fit({"x": trained}, feed_of(x / x.abs().amax((1, 2), keepdim=True), y, 50), 2, "")
-    for name, value in trained.only(best).state_dict().items():
-        for p in range(2):
-            assert torch.equal(value[p, 0], trained.state_dict()[name][p, best[p]]), name
-    assert not trained.anew(best).weight.any()
+    grid = tries(2).best(best)
+    pairs = [(lr, decay) for lr, decay in zip(grid.lr[:, 0].tolist(), grid.weight_decay[:, 0].tolist(), strict=True)]
+    assert pairs == [(LRS[2], DECAYS[1]), (LRS[0], DECAYS[1])]
 
 
 def scores(top1: list[float], loss: list[float]) -> Score:
@@ -178,19 +178,19 @@ def test_choice(top1: list[float], loss: list[float], by: str, best: int) -> Non
 def test_a_head_that_diverges_harms_no_other_and_is_never_chosen() -> None:
     (x, y), one = blobs(200), torch.ones(1, 1, dtype=torch.float64)
 
-    def heads(*pairs: tuple[float, float]) -> Heads:
+    def grid(*pairs: tuple[float, float]) -> Grid:
         lr, decay = (torch.cat([value * one for value in values], 1) for values in zip(*pairs, strict=True))
-        return Heads(lr, decay, 4, 6)
+        return Grid(lr, decay, 4, 6)
 
     fine, wild = (0.5, 0.0), (1e200, 10.0)
-    alone, together = heads(fine), heads(fine, wild)
+    alone, together = Heads(*grid(fine)), Heads(*grid(fine, wild))
     for some in (alone, together):
         fit({"x": some}, feed_of(x[None], y, 50), 5, "")
     assert not together.weight[0, 1].isfinite().any()
     torch.testing.assert_close(together.weight[0, 0], alone.weight[0, 0], rtol=1e-12, atol=1e-12)
-    assert search(feed_of(x[None], y, 50), None, {"x": heads(wild, fine)}, 5)["x"].best.tolist() == [1]
+    assert search(feed_of(x[None], y, 50), None, {"x": grid(wild, fine)}, 5)["x"].best.tolist() == [1]
     with pytest.raises(ValueError, match="all heads diverged: give lower --base-lrs"):
-        search(feed_of(x[None], y, 50), None, {"x": heads(wild)}, 5)
+        search(feed_of(x[None], y, 50), None, {"x": grid(wild)}, 5)
 
 
 class Memory:
@@ -214,16 +214,63 @@ class Memory:
 def test_a_killed_search_goes_on_bitwise(die_after: int) -> None:
     x, y = blobs(100)
     feed = feed_of(x[None], y, 20)
-    expected = search(feed, feed, {"x": heads_of(1)}, 4)["x"]
+    expected = search(feed, feed, {"x": tries(1)}, 4)["x"]
     keeper = Memory(die_after)
     with pytest.raises(KeyboardInterrupt):
-        search(feed, feed, {"x": heads_of(1)}, 4, keeper=keeper)
+        search(feed, feed, {"x": tries(1)}, 4, keeper=keeper)
     seen: list[int] = []
     watched = feed._replace(epoch=lambda number: [seen.append(number), feed.epoch(number)][1])
-    found = search(watched, watched, {"x": heads_of(1)}, 4, keeper=keeper)["x"]
+    found = search(watched, watched, {"x": tries(1)}, 4, keeper=keeper)["x"]
     assert torch.equal(found.heads.weight, expected.heads.weight)
     assert found.val.top1.item() == expected.val.top1.item()
     assert len(seen) == 8 - die_after
+
+
+def at_once(world_size: int, work: Callable[[Ranks], T]) -> list[T]:
+    """What `work` returns on each of several ranks, which are threads here."""
+    slots, barrier = [torch.empty(0)] * world_size, threading.Barrier(world_size, timeout=60)
+
+    def gather(rank: int, x: Tensor) -> Tensor:
+        slots[rank] = x.clone()
+        barrier.wait()
+        everyone = torch.cat(slots)
+        barrier.wait()
+        return everyone
+
+    with ThreadPoolExecutor(world_size) as pool:
+        return list(pool.map(lambda rank: work(Ranks(rank, world_size, functools.partial(gather, rank))), range(world_size)))
+
+
+@pytest.mark.parametrize("refit", [False, True])
+@pytest.mark.parametrize("world_size", [2, 4, 8])  # of 6 heads
+def test_heads_shared_by_ranks_are_those_of_one(world_size: int, refit: bool) -> None:
+    (x, y), (held_x, held_y) = blobs(100), blobs(50, 1, spread=2.0)
+    x = torch.stack([x, x.flip(1) * 0.3])
+    feed = feed_of(x, y, 20, (torch.stack([held_x, held_x.flip(1)]), held_y))
+    tried = {"x": tries(2, (0.01, 0.1, 1.0), (0.0, 0.1))}
+    expected = search(feed, feed if refit else None, tried, 3)["x"]
+    for found in at_once(world_size, lambda ranks: search(feed, feed if refit else None, tried, 3, ranks=ranks)["x"]):
+        torch.testing.assert_close(found.held, expected.held, rtol=1e-9, atol=1e-9)
+        assert torch.equal(found.best, expected.best)
+        torch.testing.assert_close(found.heads.state_dict(), expected.heads.state_dict(), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(found.val, expected.val, rtol=1e-9, atol=1e-9)
+
+
+def test_a_search_killed_on_some_ranks_goes_on_with_another_number_of_them() -> None:
+    x, y = blobs(100)
+    feed = feed_of(x[None], y, 20)
+    expected = search(feed, feed, {"x": tries(1)}, 4)["x"]
+    keepers = [Memory(3) for _ in range(3)]
+
+    def killed(ranks: Ranks) -> None:
+        with pytest.raises(KeyboardInterrupt):
+            search(feed, feed, {"x": tries(1)}, 4, keeper=keepers[ranks.rank], ranks=ranks)
+
+    at_once(3, killed)
+    for ranks, keeper in zip((2, 1), keepers, strict=False):
+        keeper.left = 100
+        for found in at_once(ranks, lambda ranks, keeper=keeper: search(feed, feed, {"x": tries(1)}, 4, keeper=keeper, ranks=ranks)["x"]):
+            torch.testing.assert_close(found.heads.weight, expected.heads.weight, rtol=1e-9, atol=1e-12)
 
 
 def test_held_out_is_a_part_of_every_class() -> None:

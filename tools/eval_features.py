@@ -8,7 +8,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from cossl.models import checkpoint, probe
 from cossl.models.launch import first_rank, say
 from cossl.models.linear_probe import Batch, Feed, Scale
 from cossl.models.load import Encoder
-from cossl.models.parallel import ALONE, Ranks
+from cossl.models.parallel import ALONE, Ranks, current_ranks
 from cossl.models.run_status import checkpoints
 from cossl.pipelines import LoaderConfig, find_split, make_loader
 from cossl.pipelines.augment import normalize
@@ -137,11 +136,10 @@ class Subject(NamedTuple):
         return network | {"pictures": self.pictures.identity, "px": self.px, "centre_frac": self.centre_frac}
 
     def open(self, split: str, batch_size: int = EVAL_BATCH, seed: int | None = None, augment: bool = False) -> Loader:
-        """The pictures in order, each rank a part of every batch; with a seed all of them shuffled, perhaps as random crops and flips."""
+        """The pictures in order; with a seed shuffled, perhaps as random crops and flips. Each rank has a part of every batch."""
         views = (crop_and_flip(self.px),) if augment else evaluation(self.px, self.centre_frac)
-        spec = LoaderSpec(views, batch_size, seed or 0, workers=self.workers, shuffle=seed is not None)
-        if seed is None:
-            spec = replace(spec, rank=self.ranks.rank, world_size=self.ranks.world_size)
+        part = (self.ranks.rank, self.ranks.world_size)
+        spec = LoaderSpec(views, batch_size, seed or 0, workers=self.workers, shuffle=seed is not None, rank=part[0], world_size=part[1])
         return self.pictures.open(split, spec)
 
 
@@ -244,7 +242,7 @@ def keep(path: Path, key: dict[str, Any], content: Any) -> None:
 
 
 class DiskKeeper:
-    """Heads under training, kept beside the features; `linear_probe.Keeper`."""
+    """Heads under training, kept beside the features by the first rank for all of them; `linear_probe.Keeper`."""
 
     def __init__(self, folder: Path, key: dict[str, Any], every_s: float = 60) -> None:
         """At most one state in `every_s` seconds, but for the last of a stage. The key holds all that the training depends on."""
@@ -254,12 +252,14 @@ class DiskKeeper:
         return self.folder / f"heads-{digest(self.key)}-{stage}.pt"
 
     def get(self, stage: str) -> tuple[int, dict[str, Any]] | None:
-        found = kept(self._path(stage), self.key)
+        found = first_rank(lambda: kept(self._path(stage), self.key))
         return None if found is None else (found["epochs"], found["heads"])
 
     def put(self, stage: str, epochs: int, state: Callable[[], dict[str, Any]], last: bool) -> None:
-        if last or time.monotonic() - self._last >= self.every_s:
-            keep(self._path(stage), self.key, {"epochs": epochs, "heads": state()})
+        if last or first_rank(lambda: time.monotonic() - self._last >= self.every_s):
+            heads = state()  # every rank's part
+            if current_ranks().rank == 0:
+                keep(self._path(stage), self.key, {"epochs": epochs, "heads": heads})
             self._last = time.monotonic()
 
     def drop(self) -> None:
@@ -302,38 +302,78 @@ def cached_feed(
     return Feed(len(rest) // size, epoch, lambda: in_order("train", kept_out), lambda: in_order("val", torch.arange(len(y["val"]))))
 
 
+def joint_vectors(
+    subject: Subject, loader: Loader, batch_size: int, number: int, names: Collection[str], wanted: Bool[Tensor, " n"] | None = None
+) -> Iterator[Batch]:
+    """Vectors and labels of each batch of an epoch, of the wanted pictures alone. No batch is empty.
+
+    Every rank runs the network on its part of each batch and gets the whole batch, in the loader's order; every rank has to go along.
+    """
+    sizes, device, ranks = shapes(subject, names), subject.run.device, subject.ranks
+    batches, share = to_device(loader.epoch(number), device), -(-batch_size // ranks.world_size)
+    for _ in range(len(loader)):
+        x = {name: torch.zeros(p, 0, c, device=device) for name, (p, c) in sizes.items()}
+        label = torch.zeros(0, dtype=torch.int64, device=device)
+        if (batch := next(batches, None)) is not None:
+            (images,), label = batch.split(), batch.label.clone()  # a part of a batch keeps all of its memory
+            if wanted is not None:
+                images, label = images[wanted[batch.index]], label[wanted[batch.index]]
+            x = represent(subject.run.encoder, images, names) if len(label) else x
+        if ranks.world_size > 1:
+            x, label = _gathered(x, label, share, ranks)
+        if len(label):
+            yield x, label
+
+
+def _gathered(x: Vectors, label: Int[Tensor, " b"], share: int, ranks: Ranks) -> Batch:
+    """Those of all ranks, of which none has more than `share` pictures."""
+
+    def everyone(part: Tensor, blank: int) -> Tensor:
+        padded = part.new_full((share, *part.shape[1:]), blank)
+        padded[: len(part)] = part
+        return ranks.gather(padded)
+
+    labels = everyone(label, -1)
+    there = (labels >= 0).nonzero()[:, 0]
+    return {name: everyone(each.transpose(0, 1), 0)[there].transpose(0, 1) for name, each in x.items()}, labels[there]
+
+
 def streamed_feed(
     subject: Subject, names: Collection[str], held: Bool[Tensor, " n"], scales: dict[str, Scale], batch_size: int, seed: int, augment: bool
 ) -> Feed:
     """A feed that computes the vectors anew in every epoch; a batch is without those of its pictures that are held out."""
-    device, size = subject.run.device, min(batch_size, len(held))
-    out = held.to(device)
+    out, size = held.to(subject.run.device), shared_batch(subject, batch_size)
 
-    def vectors(loader: Loader, number: int, wanted: Bool[Tensor, " n"] | None) -> Iterator[Batch]:
-        for batch in to_device(loader.epoch(number), device):
-            (images,), label = batch.split(), batch.label.clone()  # a part of a batch keeps all of its memory
-            if wanted is not None:
-                images, label = images[wanted[batch.index]], label[wanted[batch.index]]
-            if len(label):
-                yield {name: scales[name](each) for name, each in represent(subject.run.encoder, images, names).items()}, label
+    def scaled(loader: Loader, batch_size: int, number: int, wanted: Bool[Tensor, " n"] | None) -> Iterator[Batch]:
+        for x, y in joint_vectors(subject, loader, batch_size, number, names, wanted):
+            yield {name: scales[name](each) for name, each in x.items()}, y
 
     def whole(split: str, wanted: Bool[Tensor, " n"] | None) -> Iterator[Batch]:
         loader = subject.open(split)
-        yield from vectors(loader, 0, wanted)
+        yield from scaled(loader, EVAL_BATCH, 0, wanted)
         loader.close()
 
     shuffled = subject.open("train", size, seed, augment)
     trained = ~out if held.any() else None
-    return Feed(len(shuffled), lambda number: vectors(shuffled, number, trained), lambda: whole("train", out), lambda: whole("val", None))
+    return Feed(
+        len(shuffled), lambda number: scaled(shuffled, size, number, trained), lambda: whole("train", out), lambda: whole("val", None)
+    )
+
+
+def shared_batch(subject: Subject, batch_size: int) -> int:
+    """The batch size, or where train has fewer pictures the most that divides among the ranks."""
+    count, world = len(subject.pictures.labels["train"]), subject.ranks.world_size
+    return batch_size if batch_size <= count else max(world, count // world * world)
 
 
 def streamed_scales(subject: Subject, names: Collection[str], seed: int) -> dict[str, Scale]:
     """Those of random training pictures, SCALE_PICTURES at most, as they are in evaluation."""
-    loader = subject.open("train", min(EVAL_BATCH, len(subject.pictures.labels["train"])), seed)
-    device, seen = subject.run.device, -(-SCALE_PICTURES // EVAL_BATCH)
+    world, seen = subject.ranks.world_size, -(-SCALE_PICTURES // EVAL_BATCH)
+    size = shared_batch(subject, EVAL_BATCH // world * world)
+    loader = subject.open("train", size, seed)
     scales = {}
     for name in names:
-        batches = itertools.islice(to_device(loader.epoch(0), device), seen)
-        scales[name] = Scale.of(represent(subject.run.encoder, batch.split()[0], [name])[name] for batch in batches)
+        batches = itertools.islice(joint_vectors(subject, loader, size, 0, [name]), seen)
+        scales[name] = Scale.of(x[name] for x, _ in batches)
     loader.close()
     return scales

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from cossl.models import linear_probe
 from cossl.models.launch import say
-from cossl.models.linear_probe import Batch, Feed, Found, Heads, Scale, few_shot, grid_of, held_out, search
+from cossl.models.linear_probe import Batch, Feed, Found, Grid, Scale, few_shot, grid_of, held_out, search
+from cossl.models.parallel import Ranks
 from cossl.tools import eval_figures
 from cossl.tools.eval_features import (
     CHUNK,
@@ -136,9 +137,9 @@ def groups(sizes: dict[str, tuple[int, int]], heads: int, classes: int, batch_si
     return found
 
 
-def with_bar(feed: Feed, epochs: int, what: str) -> Feed:
+def with_bar(feed: Feed, epochs: int, what: str, ranks: Ranks) -> Feed:
     """The same, its training shown step by step."""
-    bar = tqdm(total=epochs * feed.steps, desc=what, disable=not sys.stderr.isatty(), leave=False)
+    bar = tqdm(total=epochs * feed.steps, desc=what, disable=ranks.rank > 0 or not sys.stderr.isatty(), leave=False)
 
     def epoch(number: int) -> Iterator[Batch]:
         bar.update(number * feed.steps - bar.n)
@@ -152,8 +153,9 @@ def with_bar(feed: Feed, epochs: int, what: str) -> Feed:
 
 
 def probes(data: Data, memory_gib: float, keeper: DiskKeeper) -> list[tuple[dict[str, slice], dict[str, Found]]]:
-    """The search over all places, group by group."""
+    """The search over all places, group by group; each rank trains a part of the heads."""
     how, device, classes = data.settings, data.subject.run.device, len(data.subject.pictures.class_names)
+    ranks = data.subject.ranks
     held = held_out(data.y["train"], how.held_out_frac, how.seed)
     by = "top1" if held.any() else "cross_entropy"
     if not held.any():
@@ -164,11 +166,11 @@ def probes(data: Data, memory_gib: float, keeper: DiskKeeper) -> list[tuple[dict
     parts = groups(data.sizes, len(lrs), classes, batch, memory_gib)
     for number, places in enumerate(parts):
         many = {name: (part.stop - part.start, data.sizes[name][1]) for name, part in places.items()}
-        fresh = {name: Heads(lrs.repeat(p, 1), decays.repeat(p, 1), classes, c) for name, (p, c) in many.items()}
+        grids = {name: Grid(lrs.repeat(p, 1), decays.repeat(p, 1), classes, c) for name, (p, c) in many.items()}
         what = "probes" if len(parts) == 1 else f"probes, part {number + 1} of {len(parts)}"
-        feed = with_bar(data.feed(places, held), how.epochs, what)
-        whole = with_bar(data.feed(places, torch.zeros_like(held)), how.epochs, f"{what}, the best") if how.refit else None
-        found.append((places, search(feed, whole, fresh, how.epochs, by, keeper, f"{number}-")))
+        feed = with_bar(data.feed(places, held), how.epochs, what, ranks)
+        whole = with_bar(data.feed(places, torch.zeros_like(held)), how.epochs, f"{what}, the best", ranks) if how.refit else None
+        found.append((places, search(feed, whole, grids, how.epochs, by, keeper, f"{number}-", ranks)))
     return found
 
 
@@ -176,7 +178,10 @@ def probes(data: Data, memory_gib: float, keeper: DiskKeeper) -> list[tuple[dict
 
 
 def linear(subject: Subject, settings: ProbeSettings, names: Sequence[str], name: str, out: Path, memory_gib: float) -> dict[str, Any]:
-    """`table`, `figures` and content of the result `name`; the figures, and the chosen weights as <name>-<feature>.pt, are in `out`."""
+    """`table`, `figures` and content of the result `name`; the figures, and the chosen weights as <name>-<feature>.pt, are in `out`.
+
+    Every rank has to call it; the first has the figures.
+    """
     data = Data(subject, settings, [*names, PIXELS], memory_gib)
     keeper = DiskKeeper(subject.cache, subject.key() | settings.protocol() | {"features": [*names, PIXELS]})
     found = probes(data, memory_gib, keeper)
@@ -188,13 +193,14 @@ def linear(subject: Subject, settings: ProbeSettings, names: Sequence[str], name
         one = summary(parts, settings, data, feature)
         content["features"][feature] = one
         rows += table_rows(feature, one)
-        if feature != PIXELS:
+        if feature != PIXELS and subject.ranks.rank == 0:
             keep(out / f"{name}-{feature}.pt", {"features": feature}, weights(parts, data.scales[feature], subject))
             figures += draw(parts, one, subject.pictures.class_names, out, f"{name}-{feature}")
     edge = [label_of(each) for each, one in content["features"].items() if one["at_edge"]]
     if edge and settings.label_percent == 100:
         say(f"{name}: the best learning rate for {', '.join(edge)} is at the edge of --base-lrs: try wider", sys.stderr)
-    keeper.drop()
+    if subject.ranks.rank == 0:
+        keeper.drop()
     columns = ["features", "top-1 %", "top-5 %", "mean of classes %", "held-out top-1 %", "base lr", "weight decay"]
     return {"table": {"columns": columns, "rows": rows}, "figures": figures} | content
 

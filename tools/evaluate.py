@@ -11,8 +11,9 @@ Tasks, each with its result in <run>/eval/<task>.json (and figures beside it):
 
 Vectors are computed once, kept in <run>/eval/cache and used by all tasks, and by the next call; where they do not fit into --memory-gib
 the linear probe computes them anew in every epoch. A killed call goes on when it is given again: what has its result is skipped unless
-settings, pictures or checkpoint changed. Several processes (torchrun, srun) share the pictures and the kNN; the first alone trains the
-probes. 12 x 12 pixels, the floor of every table, go through the same protocols.
+settings, pictures or checkpoint changed. Several processes (torchrun, srun) share the work: each runs the network on a part of the
+pictures, searches the neighbours of a part of them and trains a part of the classifiers. 12 x 12 pixels, the floor of every table, go
+through the same protocols.
 
 Examples:
   cossl eval runs/in1k-2026-01-31-120000
@@ -36,7 +37,6 @@ from tqdm import tqdm
 
 from cossl.models.flags import parse_flags
 from cossl.models.launch import first_rank, join, leave, say
-from cossl.models.parallel import ALONE
 from cossl.models.probe import knn_top1s
 from cossl.tools.eval_features import PIXELS, PictureSet, Subject, checkpoint_path, dataset_set, features, folder_set, gib, label_of, shapes
 from cossl.tools.eval_linear import ProbeSettings, linear
@@ -106,7 +106,7 @@ class EvalArgs:
     """Of what is held out, of the few shots, and of the order of the pictures."""
 
     memory_gib: float = 16.0
-    """Memory for vectors, and for probes that are trained at once."""
+    """Memory of each process for vectors, and for probes that are trained at once."""
 
     workers: int = 0
     """Threads or processes that decode; 0 means as many as the run had."""
@@ -160,9 +160,7 @@ class Task(NamedTuple):
     settings: Callable[[EvalArgs], dict[str, Any]]
     """Plain values: a result is done again when they change."""
     run: Callable[[Subject, EvalArgs, str, Path], dict[str, Any]]
-    """(subject, arguments, name of the result, its folder) to `table`, `figures` (written there) and content of its own."""
-    all_ranks: bool = False
-    """Every process takes part and returns the result; else the first alone, after the others have left."""
+    """(subject, arguments, name of the result, its folder) to `table`, `figures` (written there) and content of its own, on every rank."""
 
 
 # ------------------------------------------------------------------------------------------------- kNN
@@ -210,7 +208,7 @@ def linear_task(title: str, percent: int = 100) -> Task:
 
 
 TASKS: dict[str, Task] = {
-    "knn": Task("Weighted kNN", knn_settings, knn, all_ranks=True),
+    "knn": Task("Weighted kNN", knn_settings, knn),
     "linear": linear_task("Linear probe"),
     "fewshot-1": linear_task("Linear probe on 1 % of the labels", 1),
     "fewshot-10": linear_task("Linear probe on 10 % of the labels", 10),
@@ -268,7 +266,7 @@ def _shown(value: Any) -> str:
 
 
 def one_task(name: str, subject: Subject, args: EvalArgs) -> None:
-    """Does it, unless it has its result; writes and says it. Every rank that takes part has to call it."""
+    """Does it, unless it has its result; writes and says it. Every rank has to call it."""
     task, run = TASKS[name], subject.run
     title, out = result_name(name, args, subject.pictures), args.out or run.run_dir / "eval"
     protocol = protocol_of(task, subject, args)
@@ -301,13 +299,9 @@ def eval_main(argv: Sequence[str]) -> None:
         folder, workers = args.out or run.run_dir / "eval", args.workers or run.config.loader.workers
         newest, pictures = checkpoint_path(run.run_dir, args.checkpoint), picture_set(run, args)
         subject = Subject(run, pictures, newest, args.px or run.config.eval_px, args.centre_frac, workers, folder / "cache", ranks)
-        for name in (name for name in args.tasks if TASKS[name].all_ranks):
+        for name in args.tasks:
             one_task(name, subject, args)
     finally:
         leave()
-    if ranks.rank:
-        return
-    for name in (name for name in args.tasks if not TASKS[name].all_ranks):
-        one_task(name, subject._replace(ranks=ALONE), args)
-    if not args.keep_cache:
+    if not args.keep_cache and ranks.rank == 0:
         shutil.rmtree(subject.cache, ignore_errors=True)
