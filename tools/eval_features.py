@@ -8,9 +8,11 @@ import json
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, distributed
@@ -135,12 +137,21 @@ class Subject(NamedTuple):
         network = {"checkpoint": _mark(self.checkpoint), "step": self.run.encoder.step}
         return network | {"pictures": self.pictures.identity, "px": self.px, "centre_frac": self.centre_frac}
 
-    def open(self, split: str, batch_size: int = EVAL_BATCH, seed: int | None = None, augment: bool = False) -> Loader:
-        """The pictures in order; with a seed shuffled, perhaps as random crops and flips. Each rank has a part of every batch."""
+    def open(
+        self,
+        split: str,
+        batch_size: int = EVAL_BATCH,
+        seed: int | None = None,
+        augment: bool = False,
+        subset: Int[np.ndarray, " n"] | None = None,
+    ) -> Loader:
+        """The pictures in order; with a seed shuffled, perhaps as random crops and flips. Each rank has a part of every batch.
+
+        subset: the indices of those that are wanted, None for all of the split.
+        """
         views = (crop_and_flip(self.px),) if augment else evaluation(self.px, self.centre_frac)
-        part = (self.ranks.rank, self.ranks.world_size)
-        spec = LoaderSpec(views, batch_size, seed or 0, workers=self.workers, shuffle=seed is not None, rank=part[0], world_size=part[1])
-        return self.pictures.open(split, spec)
+        spec = LoaderSpec(views, batch_size, seed or 0, workers=self.workers, shuffle=seed is not None, subset=subset)
+        return self.pictures.open(split, replace(spec, rank=self.ranks.rank, world_size=self.ranks.world_size))
 
 
 def crop_and_flip(px: int) -> ViewSpec:
