@@ -77,7 +77,8 @@ class Heads(nn.Module):
         """One step of every head at `rate` times its learning rate. Does not wait for the device."""
         p, h, m, c = self.weight.shape
         logits, share = self.logits(x), 1 / len(y)
-        error = logits.sub_(logits.logsumexp(3, keepdim=True)).exp_()
+        error = logits.sub_(logits.amax(3, keepdim=True)).exp_()
+        error.div_(error.sum(3, keepdim=True))
         error.scatter_add_(3, y.view(1, -1, 1, 1).expand(p, -1, h, 1), error.new_full((1, 1, 1, 1), -1.0).expand(p, len(y), h, 1))
         flat = error.view(p, len(y), h * m)
         self.weight_momentum.view(p, h * m, c).baddbmm_(flat.transpose(1, 2), x, beta=MOMENTUM, alpha=share)
