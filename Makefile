@@ -36,7 +36,7 @@ test-slurm: setup
 
 test-browser: setup
 	sh tools/setup_browser.sh
-	COSSL_REQUIRE_BROWSER=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 tests/test_report.py -k browser
+	COSSL_REQUIRE_BROWSER=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 0 tests/test_report_browser.py
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports

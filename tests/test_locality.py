@@ -27,6 +27,7 @@ from cossl.models.rf_resnet import PositionGrid, ResNet, bagnet, position_grid, 
 from cossl.tools import locality
 from cossl.tools.opened import open_run, open_split
 from cossl.tools.opened import pictures as pictures_of
+from cossl.tools.report import runs_report
 from cossl.train import build, demo
 
 SMALL = ModelConfig(backbone="rf_resnet18", receptive_field=29, width=8, mlp_after_pool=2, hidden_dim=16, out_dim=12)
@@ -363,6 +364,7 @@ def test_every_part_is_written_with_table_figure_and_protocol(measured_runs: tup
             assert found["protocol"]["px"] == 32
             assert len(found["protocol"]["weights_sha256"]) == 16
     assert len(list((measured_runs[0] / "locality").glob("*-of-2-runs.png"))) == 4
+    assert runs_report(measured_runs).count("-of-2-runs.png)</figcaption>") == 4
     assert not list(measured_runs[0].rglob("*.part"))
     assert list(result(measured_runs[0], "redundancy")["spaces"]) == ["map", "mlp", "heads"]
     assert list(result(measured_runs[1], "redundancy")["spaces"]) == ["map"]
@@ -392,7 +394,7 @@ def test_all_positions_are_probed_as_the_global_vector_is(measured_runs: tuple[P
 
 def test_what_is_there_is_not_measured_again(measured_runs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    monkeypatch.setattr(locality, "draw", lambda part, *_: [f"{part}.png"])
+    monkeypatch.setattr(locality, "draw", lambda part, *_, **__: [f"{part}.png"])
     for name, task in locality.TASKS.items():
         monkeypatch.setitem(locality.TASKS, name, task._replace(measure=lambda s, n=name, t=task: calls.append(n) or t.measure(s)))
     run, plain = map(str, measured_runs)

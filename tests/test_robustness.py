@@ -27,6 +27,7 @@ from cossl.pipelines.corruptions import corrupt
 from cossl.pipelines.views import evaluation
 from cossl.tools import cli, robustness_judge
 from cossl.tools.opened import open_run
+from cossl.tools.report import runs_report
 from cossl.tools.robustness import FAMILIES, RobustnessArgs, robustness_main
 from cossl.tools.robustness_judge import Hits, Judge, choose
 
@@ -318,6 +319,8 @@ def test_several_runs_are_lines_of_one_figure(asked: Path, tmp_path: Path, capsy
     assert columns.split()[-2:] == ["one", "two"]
     top1 = top1s(found(asked, "crop"))
     assert [row.split()[-2:] for row in rows] == [[f"{value:.2f}"] * 2 for value in top1.values()]
+    below = "two, one (crop-of-2-runs.png)</figcaption>"
+    assert [below in runs_report(folders) for folders in ([other, asked], [asked])] == [True, False]
 
 
 def test_without_matplotlib_the_numbers_are_written(

@@ -28,6 +28,7 @@ from cossl.models.flags import parse_flags
 from cossl.models.probe import PROTOCOL
 from cossl.tools import locality_figures as figures
 from cossl.tools import locality_parts as parts
+from cossl.tools.comparison import compare
 from cossl.tools.locality_figures import NETWORKS
 from cossl.tools.locality_parts import CENTRE_FRAC, Subject
 from cossl.tools.opened import data_of, open_runs, stamp, write_result
@@ -193,6 +194,7 @@ def locality_main(argv: Sequence[str]) -> None:
         show(part, results)
         written = [args.folder(subject) / f"{part}.json" for subject in subjects]
         if len(subjects) > 1:
-            path = (args.out or args.folder(subjects[0])) / f"{part}-of-{len(subjects)}-runs.png"
-            written += [path] if draw(part, path, results, sheet) else []
+            files = dict(zip(results, written, strict=True))
+            figure = compare(args.out or args.folder(subjects[0]), part, files, functools.partial(draw, part, results=results, sheet=sheet))
+            written += [figure] if figure else []
         print("written: " + ", ".join(map(str, written)))

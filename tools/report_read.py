@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cossl.models.run_status import Run, flocked_inodes, read_run
+from cossl.tools.comparison import PART, RUNS, digest, stem_of
 from cossl.tools.report_page import number, read_bytes, read_json
 
 Record = dict[str, Any]
@@ -70,7 +72,8 @@ def _results(run_dir: Path, family: str, troubles: list[str]) -> Iterator[tuple[
         troubles.append(f"{family}/ has {len(paths):,} results, of which the first {RESULT_LIMIT} are shown")
     for path in paths[:RESULT_LIMIT]:
         name = f"{family}/{path.name}"
-        if not (result := read_json(path, dict, name, troubles)):
+        result = read_json(path, dict, name, troubles)
+        if not result or PART in result:  # of several runs: see `compared`
             continue
         rows = result.get("table")
         whole = isinstance(rows, dict) and isinstance(rows.get("columns"), list) and isinstance(rows.get("rows"), list)
@@ -78,6 +81,30 @@ def _results(run_dir: Path, family: str, troubles: list[str]) -> Iterator[tuple[
             troubles.append(f"{name} has no table of columns and rows")
         else:
             yield path.stem, result
+
+
+def compared(told: Sequence[Told], family: str, name: str) -> tuple[Path | None, list[str]]:
+    """The figure drawn of these results of these runs and of no others, whichever run's folder it lies in; and why one is not shown."""
+    notes: list[str] = []
+    own = {one.run_dir.resolve().name: one.run_dir / family / f"{name}.json" for one in told}
+    for one in told:
+        path = one.run_dir / family / f"{stem_of(name, len(told))}.json"
+        runs = read_json(path, dict, path.name, []).get(RUNS)  # what is damaged is named where all results are read
+        if not isinstance(runs, dict):
+            continue
+        if sorted(map(str, runs.values())) == sorted(map(_digest, own.values())):
+            return path.with_suffix(".png"), []
+        if set(runs) == set(own):
+            again = shlex.join(["cossl", family, *(str(other.run_dir) for other in told)])
+            notes.append(f"{path.stem}.png is not shown: it was drawn of other results of runs of these names; `{again}` draws it anew")
+    return None, notes
+
+
+def _digest(result: Path) -> str:
+    try:
+        return digest(read_bytes(result))
+    except (OSError, ValueError):
+        return ""
 
 
 def names_of(run_dirs: Sequence[Path]) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cossl.tools.report_page import Album, Html, join, pairs, section, shown, table, tag, warning
-from cossl.tools.report_read import FAMILIES, Record, Told
+from cossl.tools.report_read import FAMILIES, Record, Told, compared
 
 FIGURE_LIMIT = 24  # of each result
 NETWORK = ("checkpoint", "checkpoint_bytes_time", "step", "weights_sha256")
@@ -15,7 +15,10 @@ NETWORK = ("checkpoint", "checkpoint_bytes_time", "step", "weights_sha256")
 
 
 def family_section(told: Sequence[Told], family: str, album: Album) -> Html:
-    """Each result of the family: its table, with several runs' under one another if they have the same columns, protocol and figures."""
+    """Each result of the family: its table, with several runs' under one another if they have the same columns, protocol and figures.
+
+    Of several runs the figure with all as lines comes first, if the command that made the results has drawn it.
+    """
     names = dict.fromkeys(name for one in told for name in one.families[family])
     return section(FAMILIES[family], *(part for name in names for part in _result(told, family, name, album)))
 
@@ -36,7 +39,8 @@ def _result(told: Sequence[Told], family: str, name: str, album: Album) -> Itera
     yield protocols(owners, results)
     for one, of in zip(owners, results, strict=True):
         yield _stamp(f"{one.name}, measured" if len(told) > 1 else "measured", of)
-    figures = [part for one, of in zip(owners, results, strict=True) for part in _figures(one, family, of, album, len(told) > 1)]
+    figures = list(_compared(owners, family, name, titles[0], album)) if len(owners) > 1 else []
+    figures += [part for one, of in zip(owners, results, strict=True) for part in _figures(one, family, of, album, len(told) > 1)]
     yield tag("div", *figures) if figures else Html()
 
 
@@ -46,6 +50,13 @@ def _stamp(label: str, result: Record) -> Html:
     known = {key: protocol[key] for key in NETWORK if key in protocol}
     known |= {key: result[key] for key in ("time", "device", "code_version") if key in result} | versions
     return join([tag("p", label, class_="label"), pairs((key, shown(value)) for key, value in known.items())]) if known else Html()
+
+
+def _compared(owners: Sequence[Told], family: str, name: str, title: str, album: Album) -> Iterator[Html]:
+    path, notes = compared(owners, family, name)
+    if path is not None:
+        yield album.figure(path, f"{title}: {', '.join(one.name for one in owners)} ({path.name})", missing=True)
+    yield from (tag("p", note, class_="note") for note in notes)
 
 
 def _figures(one: Told, family: str, result: Record, album: Album, several: bool) -> Iterator[Html]:

@@ -3,11 +3,12 @@
 pgd: adversarial pictures, and their one-step case (FGSM). internal: positions of the feature map masked, or replaced by noise, before
 pooling. crop: other centre crops and view sizes than the head was fitted at. corruptions: the 15 of ImageNet-C at 5 severities, made of
 val's own pictures; --imagenet-c takes the published ones. Each writes <run>/robustness/<family>.json and .png, and is skipped when that is
-there already with the same settings and weights.
+there already with the same settings and weights. Of N runs the first one's folder also gets <family>-of-N-runs.png, with all as lines.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
@@ -25,6 +26,7 @@ from cossl.pipelines.augment import normalize
 from cossl.pipelines.corruption_weather import read_frost
 from cossl.pipelines.corruptions import CORRUPTIONS, NAMES, SEVERITIES
 from cossl.tools import corruptions
+from cossl.tools.comparison import compare
 from cossl.tools.opened import data_of, open_run, open_runs, stamp, write_result
 from cossl.tools.robustness_figures import curve, draw_curves
 from cossl.tools.robustness_judge import CENTRE_FRAC, Hits, Judge
@@ -102,7 +104,7 @@ class RobustnessArgs:
     """Another checkpoint of the run than its newest, as in epoch-0010.pt."""
 
     out: Path | None = None
-    """Folder for one figure of each family with all runs as lines."""
+    """Folder for another copy of the figures with all runs as lines, as OUT/<family>.png."""
 
     redo: bool = False
     """Ask again what is there already."""
@@ -377,5 +379,8 @@ def robustness_main(argv: Sequence[str]) -> None:
         first = next(iter(results.values()))
         pictures = " and ".join(dict.fromkeys(str(result["pictures"]) for result in results.values()))
         print("\n".join([f"{first['title']}: {FAMILIES[name].value}, {pictures} pictures", *table(results, FAMILIES[name]), ""]))
+        if len(judges) > 1:
+            files = {judge.run.run_dir.name: judge.run.run_dir / "robustness" / f"{name}.json" for judge in judges}
+            compare(judges[0].run.run_dir / "robustness", name, files, functools.partial(draw, FAMILIES[name], results))
         if args.out is not None:
             draw(FAMILIES[name], results, args.out / f"{name}.png")
