@@ -33,7 +33,7 @@ from cossl.tools import eval_features, eval_figures, eval_linear
 from cossl.tools.eval_datasets import DATASETS
 from cossl.tools.eval_features import DiskKeeper, Subject, dataset_set, features, folder_set
 from cossl.tools.eval_linear import groups, per_class
-from cossl.tools.evaluate import TASKS, eval_main
+from cossl.tools.evaluate import TASKS, EvalArgs, eval_main
 from cossl.tools.opened import open_run
 from cossl.train import Config, build, demo
 
@@ -120,7 +120,7 @@ def test_kept_weights_give_the_number_that_is_told(evaluated: Path, pictures: Pa
 
 
 def test_every_result_has_table_figures_and_protocol(evaluated: Path) -> None:
-    for task in TASKS:
+    for task in EvalArgs.tasks:
         found = result(evaluated, task)
         protocol = found["protocol"]
         assert found["title"].startswith(TASKS[task].title)

@@ -1,4 +1,4 @@
-"""`cossl eval RUN`: how much the frozen representation of a run says about labels, by the protocols that papers use.
+"""`cossl eval RUN`: how much the representation of a run, frozen or fine-tuned, says about labels, by the protocols that papers use.
 
 Tasks, each with its result in <run>/eval/<task>.json (and figures beside it):
   knn         weighted kNN on unit vectors (Wu et al. 2018), every --k and --temperature in one search
@@ -8,6 +8,11 @@ Tasks, each with its result in <run>/eval/<task>.json (and figures beside it):
               one probe for every position of the feature map, and a map of their accuracies
   fewshot-1   the same probe on 1 % of the labels of every class, at least one picture of each
   fewshot-10  on 10 %
+  finetune    the whole network and a linear layer on its global vector trained on all labels, by SGD with Nesterov momentum, on random
+              crops and flips (--finetune.*); the learning rate is chosen on the same held-out part as the probe's, then all of train is
+              trained on. Top-1, top-5, accuracy of every class, confusion figure; the network is kept beside the result
+  finetune-1  the same on 1 % of the labels, those of fewshot-1: the semi-supervised protocol
+  finetune-10 on 10 %
 
 Vectors are computed once, kept in <run>/eval/cache and used by all tasks, and by the next call; where they do not fit into --memory-gib
 the linear probe computes them anew in every epoch. A killed call goes on when it is given again: what has its result is skipped unless
@@ -28,7 +33,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -39,6 +44,7 @@ from cossl.models.flags import parse_flags
 from cossl.models.launch import first_rank, join, leave, say
 from cossl.models.probe import knn_top1s
 from cossl.tools.eval_features import PIXELS, PictureSet, Subject, checkpoint_path, dataset_set, features, folder_set, gib, label_of, shapes
+from cossl.tools.eval_finetune import FinetuneArgs, FinetuneSettings, finetune
 from cossl.tools.eval_linear import ProbeSettings, linear
 from cossl.tools.opened import Opened, data_of, open_run, stamp, write_result
 
@@ -116,6 +122,8 @@ class EvalArgs:
 
     checkpoint: str = ""
     """Another checkpoint of the run than the newest, such as epoch-0050.pt; the results then bear its name."""
+
+    finetune: FinetuneArgs = field(default_factory=FinetuneArgs)
 
     out: Path | None = None
     """Folder of the results instead of <run>/eval."""
@@ -207,11 +215,26 @@ def linear_task(title: str, percent: int = 100) -> Task:
     return Task(title, lambda args: probe_settings(args, percent).protocol(), run)
 
 
+def finetune_task(title: str, percent: int = 100) -> Task:
+    """Fine-tuning on a part of the labels."""
+
+    def settings(args: EvalArgs) -> FinetuneSettings:
+        return FinetuneSettings(args.finetune, args.held_out_frac, args.refit, args.seed, percent)
+
+    def run(subject: Subject, args: EvalArgs, name: str, out: Path) -> dict[str, Any]:
+        return finetune(subject, settings(args), name, out)
+
+    return Task(title, lambda args: settings(args).protocol(), run)
+
+
 TASKS: dict[str, Task] = {
     "knn": Task("Weighted kNN", knn_settings, knn),
     "linear": linear_task("Linear probe"),
     "fewshot-1": linear_task("Linear probe on 1 % of the labels", 1),
     "fewshot-10": linear_task("Linear probe on 10 % of the labels", 10),
+    "finetune": finetune_task("Fine-tuning"),
+    "finetune-1": finetune_task("Fine-tuning on 1 % of the labels", 1),
+    "finetune-10": finetune_task("Fine-tuning on 10 % of the labels", 10),
 }
 
 # ------------------------------------------------------------------------------------------------- the command
