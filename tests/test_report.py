@@ -121,6 +121,16 @@ def test_another_network_is_no_other_protocol(tmp_path: Path) -> None:
     assert "protocol k 10 a, measured step 400 weights_sha256 aaaa" in text
 
 
+def test_a_head_on_another_network_is_no_other_protocol(tmp_path: Path) -> None:
+    """As `cossl robustness` stamps its results."""
+    folders = [make_run(tmp_path / name, eval__knn=result(protocol={"px": 32, "probe": {"weights": name * 4, "seed": 0}})) for name in "ab"]
+    text = " ".join(Page(runs_report(folders)).text.split())
+    assert "Protocols differ" not in text
+    assert "a, measured weights aaaa" in text
+    other = make_run(tmp_path / "c", eval__knn=result(protocol={"px": 32, "probe": {"weights": "cccc", "seed": 1}}))
+    assert "Protocols differ" in Page(runs_report([folders[0], other])).text
+
+
 def test_tables_of_other_columns_are_not_joined(tmp_path: Path) -> None:
     other = result() | {"table": {"columns": ["k", "top-1"], "rows": [[20, 60.5]]}}
     captions = [text for tag, text in two(tmp_path, eval__knn=other).texts if tag == "span"]

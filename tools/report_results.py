@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from cossl.tools.report_page import Album, Html, join, pairs, section, shown, table, tag, warning
 from cossl.tools.report_read import FAMILIES, Record, Told, compared
 
 FIGURE_LIMIT = 24  # of each result
-NETWORK = ("checkpoint", "checkpoint_bytes_time", "step", "weights_sha256")
-"""Of a protocol: which network was asked, not how. Runs differ in it by right."""
+NETWORK = ("checkpoint", "checkpoint_bytes_time", "step", "weights_sha256", "weights")
+"""Of a protocol, and of the protocol of a head within it: which network was asked, not how. Runs differ in it by right."""
 
 
 def family_section(told: Sequence[Told], family: str, album: Album) -> Html:
@@ -47,7 +48,8 @@ def _result(told: Sequence[Told], family: str, name: str, album: Album) -> Itera
 def _stamp(label: str, result: Record) -> Html:
     versions = result["versions"] if isinstance(result.get("versions"), dict) else {}
     protocol: Record = result["protocol"] if isinstance(result.get("protocol"), dict) else {}
-    known = {key: protocol[key] for key in NETWORK if key in protocol}
+    parts = [protocol, *(part for part in protocol.values() if isinstance(part, dict))]
+    known: Record = {key: part[key] for part in parts for key in NETWORK if key in part}
     known |= {key: result[key] for key in ("time", "device", "code_version") if key in result} | versions
     return join([tag("p", label, class_="label"), pairs((key, shown(value)) for key, value in known.items())]) if known else Html()
 
@@ -88,7 +90,11 @@ def protocols(told: Sequence[Told], results: Sequence[Record]) -> Html:
 
 def _how(result: Record) -> Record | None:
     protocol = result.get("protocol")
-    return {key: value for key, value in protocol.items() if key not in NETWORK} if isinstance(protocol, dict) else None
+    return _but_network({key: _but_network(value) for key, value in protocol.items()}) if isinstance(protocol, dict) else None
+
+
+def _but_network(part: Any) -> Any:
+    return {key: value for key, value in part.items() if key not in NETWORK} if isinstance(part, dict) else part
 
 
 def _protocol(label: str, protocol: Record | None) -> Html:
