@@ -23,6 +23,10 @@ from PIL import Image
 from torch import Tensor
 
 from cossl.pipelines.corruptions import CORRUPTIONS, SEVERITIES
+from cossl.pipelines.torch_loader import resized
+
+PUBLISHED_PX = 224
+"""Side of the published pictures, which are asked about as they are: CenterCrop(224) of them is all of them."""
 
 LARGEST_BYTES, LARGEST_PIXELS = 1 << 24, 1 << 24  # of one picture; the published ones have 50 KB and 224 x 224 pixels
 EXTENSIONS = (".jpeg", ".jpg", ".png")
@@ -39,7 +43,7 @@ class Stored(NamedTuple):
 
 
 class PublishedBatch(NamedTuple):
-    """Pictures cut to size; of any corruptions and severities, as the files have them."""
+    """Whole pictures at one size; of any corruptions and severities, as the files have them."""
 
     corruption: tuple[str, ...]
     severity: tuple[int, ...]
@@ -111,16 +115,16 @@ class Published:
         except (tarfile.TarError, OSError, EOFError) as error:
             raise ValueError(f"{path} is no whole tar: {error}") from None
 
-    def batches(self, px: int, batch_size: int) -> Iterator[PublishedBatch]:
-        """All of it, decoded by threads ahead of their use; the centre of px x px cut out, nothing resized.
+    def batches(self, batch_size: int, px: int = 0) -> Iterator[PublishedBatch]:
+        """All of it, decoded by threads ahead of their use: each picture as published, or the whole of it resized to px x px.
 
-        ValueError naming the picture that is damaged, or smaller.
+        ValueError naming the picture that is damaged, no square or, without px, of another size than the published ones.
         """
         threads = min(16, len(os.sched_getaffinity(0)))
         with ThreadPoolExecutor(threads) as pool:
             waiting: deque[tuple[list[Stored], list[Future[np.ndarray]]]] = deque()
             for some in in_groups(self.stored(), batch_size):
-                waiting.append((some, [pool.submit(_centre, one, px) for one in some]))
+                waiting.append((some, [pool.submit(_whole, one, px) for one in some]))
                 if len(waiting) > 1:
                     yield self._batch(*waiting.popleft())
             while waiting:
@@ -169,8 +173,8 @@ def _check_bytes(where: str, size: int) -> None:
         raise ValueError(f"{where} has {size:,} bytes: a picture of ImageNet-C has at most {LARGEST_BYTES:,}")
 
 
-def _centre(stored: Stored, px: int) -> UInt8[np.ndarray, "s s 3"]:
-    """torchvision's CenterCrop."""
+def _whole(stored: Stored, px: int) -> UInt8[np.ndarray, "s s 3"]:
+    """All of a square picture: see `Published.batches`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a broken EXIF block does not touch the pixels; a large picture is refused below
@@ -178,9 +182,13 @@ def _centre(stored: Stored, px: int) -> UInt8[np.ndarray, "s s 3"]:
                 width, height = picture.size
                 if width * height > LARGEST_PIXELS:
                     raise ValueError(f"{width} x {height} pixels")
-                if min(width, height) < px:
-                    raise ValueError(f"{width} x {height} px, and the centre of {px} px was asked for")
-                left, top = round((width - px) / 2), round((height - px) / 2)
-                return np.asarray(picture.convert("RGB").crop((left, top, left + px, top + px)))
+                if width != height:
+                    raise ValueError(f"{width} x {height} px: the pictures of ImageNet-C are squares")
+                if not px and width != PUBLISHED_PX:
+                    raise ValueError(
+                        f"{width} x {height} px, the published ones have {PUBLISHED_PX}: --px N resizes the whole square to N px"
+                    )
+                whole = picture.convert("RGB")
+                return np.asarray(whole) if px in (0, width) else resized(whole, px)
     except Exception as error:  # Pillow's decoders answer damage with errors of many kinds
         raise ValueError(f"cannot use {stored.where}: {error}") from None

@@ -81,6 +81,13 @@ def open_pictures(path: Path) -> Folder | BetonPictures:
     return Folder(path) if path.is_dir() else BetonPictures(path)
 
 
+def resized(picture: Image.Image, px: int) -> UInt8[np.ndarray, "px px 3"]:
+    """All of an RGB picture as a square, by Pillow's antialiased bilinear filter."""
+    # The width first, always: Pillow 13 begins with the height of tall boxes, which rounds some pixels otherwise.
+    wide = picture.resize((px, picture.height), Image.Resampling.BILINEAR)
+    return np.asarray(wide.resize((px, px), Image.Resampling.BILINEAR))
+
+
 class _Cutter(Dataset):
     """(epoch, index) to the views of one picture, in a worker process."""
 
@@ -95,10 +102,7 @@ class _Cutter(Dataset):
         boxes, flips, photometry = sample_views(self.spec.seed, epoch, np.array([index]), *sizes, self.rows)
         views = []
         for view, (top, left, h, w), flip in zip(self.spec.recipe, boxes[0], flips[0], strict=True):
-            # The width first, always: Pillow 13 begins with the height of tall boxes, which rounds some pixels otherwise.
-            size = view.size_px
-            wide = picture.crop((left, top, left + w, top + h)).resize((size, int(h)), Image.Resampling.BILINEAR)
-            pixels = np.asarray(wide.resize((size, size), Image.Resampling.BILINEAR))
+            pixels = resized(picture.crop((left, top, left + w, top + h)), view.size_px)
             views.append(pixels[:, ::-1] if flip else pixels)
         return views, box_fractions(boxes, *sizes)[0], flips[0], photometry[0], index, self.pictures.labels[index]
 

@@ -202,21 +202,48 @@ def test_no_corruption_error_of_other_classes(tmp_path: Path, monkeypatch: pytes
     assert result["mean_corruption_error_over"] == 1
 
 
-def test_a_crop_is_the_centre(tmp_path: Path) -> None:
-    """torchvision's CenterCrop, odd margins included."""
+def random_picture(folder: Path, size: tuple[int, int]) -> Image.Image:
+    """The picture that then is all of the set."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    memory = io.BytesIO()
+    picture.save(memory, "PNG")
+    in_folder(folder, {"fog/1/n01/a.png": memory.getvalue()})
+    return picture
+
+
+def test_a_picture_is_asked_about_whole_as_published(tmp_path: Path) -> None:
+    """torchvision's CenterCrop(224) of it, bit for bit."""
     from torchvision.transforms import CenterCrop
 
-    random = np.random.default_rng(0)
-    memory = io.BytesIO()
-    picture = Image.fromarray(random.integers(0, 256, (67, 90, 3), dtype=np.uint8))
-    picture.save(memory, "PNG")
-    root = in_folder(tmp_path, {"fog/1/n01/a.png": memory.getvalue()})
-    for px in (64, 67, 33):
-        (batch,) = Published(root, CLASSES).batches(px, 4)
-        assert torch.equal(batch.images[0], torch.from_numpy(np.array(CenterCrop(px)(picture))).permute(2, 0, 1))
-        assert (batch.corruption, batch.severity, batch.label.tolist()) == (("fog",), (1,), [1])
-    with pytest.raises(ValueError, match=r"a\.png: 90 x 67 px"):
-        list(Published(root, CLASSES).batches(68, 4))
+    picture = random_picture(tmp_path, (224, 224))
+    (batch,) = Published(tmp_path, CLASSES).batches(4)
+    assert torch.equal(batch.images[0], torch.from_numpy(np.array(CenterCrop(224)(picture))).permute(2, 0, 1))
+    assert (batch.corruption, batch.severity, batch.label.tolist()) == (("fog",), (1,), [1])
+
+
+@pytest.mark.parametrize("px", [32, 64, 67, 90])
+def test_a_picture_is_resized_whole(px: int, tmp_path: Path) -> None:
+    """As the loaders resize: antialiased bilinear, and not at all where it has the size."""
+    picture = random_picture(tmp_path, (67, 67))
+    (batch,) = Published(tmp_path, CLASSES).batches(4, px)
+    assert batch.images.shape == (1, 3, px, px)
+    wanted = picture.resize((px, px), Image.Resampling.BILINEAR)
+    assert torch.equal(batch.images[0], torch.from_numpy(np.array(wanted)).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize(
+    ("size", "px", "said"),
+    [
+        ((67, 67), 0, r"a\.png: 67 x 67 px, the published ones have 224: --px N resizes the whole square to N px$"),
+        ((256, 256), 0, "256 x 256 px, the published ones have 224"),
+        ((224, 200), 0, "224 x 200 px: the pictures of ImageNet-C are squares"),
+        ((90, 67), 64, "90 x 67 px: the pictures of ImageNet-C are squares"),
+    ],
+)
+def test_no_picture_is_cut(size: tuple[int, int], px: int, said: str, tmp_path: Path) -> None:
+    random_picture(tmp_path, size)
+    with pytest.raises(ValueError, match=said):
+        list(Published(tmp_path, CLASSES).batches(4, px))
 
 
 def hostile(add: Callable[[tarfile.TarFile], None], path: Path) -> Path:
@@ -265,7 +292,7 @@ def test_sizes_are_bounded_before_anything_is_read(tmp_path: Path, monkeypatch: 
     with pytest.raises(ValueError, match="30,000 bytes"):
         list(Published(in_folder(tmp_path / "c", {"fog/1/n03/a.JPEG": bytes(30_000)}), CLASSES).stored())
     with pytest.raises(ValueError, match="301 x 301 pixels"):
-        list(Published(in_folder(tmp_path / "d", {"fog/1/n03/a.JPEG": jpeg(5, (301, 301))}), CLASSES).batches(PX, 4))
+        list(Published(in_folder(tmp_path / "d", {"fog/1/n03/a.JPEG": jpeg(5, (301, 301))}), CLASSES).batches(4, PX))
 
 
 def test_damage_is_told_in_one_line(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -308,10 +309,7 @@ def test_a_damaged_head_is_one_clear_line(asked: Path) -> None:
 
 def test_several_runs_are_lines_of_one_figure(asked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
-    other = tmp_path / "two"
-    other.mkdir()
-    for name in ("config.json", "last.pt"):
-        (other / name).write_bytes((asked / name).read_bytes())
+    other = copied(asked, tmp_path / "two")
     robustness_main([str(asked), str(other), "--families", "crop", *FEW, "--out", str(tmp_path / "figures")])
     assert (tmp_path / "figures" / "crop.png").read_bytes().startswith(b"\x89PNG")
     title, columns, *rows = capsys.readouterr().out.strip().splitlines()
@@ -356,22 +354,62 @@ def test_corruptions_are_asked_of_the_same_pictures(asked: Path) -> None:
     assert "figures" in result
 
 
-def test_the_published_pictures_are_asked_about_where_there_are_some(asked: Path, data: Path, tmp_path: Path) -> None:
-    judge, hits = judge_of(asked), Hits()
+def published(data: Path, root: Path, px: int) -> Iterator[tuple[Tensor, str]]:
+    """Writes one picture of four classes at every severity of contrast; each as it is read again, with its class."""
     for severity in range(1, 6):
-        for name in judge.class_names[::3]:
-            source = next((data / "val" / name).iterdir())
-            folder = tmp_path / "contrast" / str(severity) / name
+        for source in [next(folder.iterdir()) for folder in sorted((data / "val").iterdir())[::3]]:
+            folder = root / "contrast" / str(severity) / source.parent.name
             folder.mkdir(parents=True)
             with Image.open(source) as picture:
-                pixels = picture.convert("RGB").resize((32, 32))
+                pixels = picture.convert("RGB").resize((px, px))
             pixels.save(folder / "one.JPEG", quality=90)
             with Image.open(folder / "one.JPEG") as stored:
-                images = torch.from_numpy(np.array(stored)).permute(2, 0, 1)[None]
-            hits.add("all", judge.classifier(normalize(images)), torch.tensor([judge.class_names.index(name)]))
-    ask(asked, "--imagenet-c", str(tmp_path), families=("internal",))
+                yield torch.from_numpy(np.array(stored)).permute(2, 0, 1)[None], source.parent.name
+
+
+def copied(run_dir: Path, folder: Path) -> Path:
+    """The run alone, without results."""
+    folder.mkdir()
+    for name in ("config.json", "last.pt"):
+        (folder / name).write_bytes((run_dir / name).read_bytes())
+    return folder
+
+
+def test_the_published_pictures_are_asked_about_as_they_are(asked: Path, independent: Independent, data: Path, tmp_path: Path) -> None:
+    """By a head fitted at their size, though the run's own is 32 px; the head of that size is kept."""
+    run_dir, names, right = copied(asked, tmp_path / "copy"), judge_of(asked).class_names, []
+    ((_, x, label),) = independent.batches("train", 224)
+    probe = fit_probe(independent.encoder(x)[0], label)
+    for images, name in published(data, tmp_path / "c", 224):
+        right.append(probe.logits(independent.encoder(normalize(images))[0]).argmax().item() == names.index(name))
+    ask(run_dir, "--imagenet-c", str(tmp_path / "c"), families=("imagenet-c", "internal"))
+    result = found(run_dir, "imagenet-c")
+    assert result["mean_top1"] == pytest.approx(100 * np.mean(right), abs=0.01)
+    assert (result["protocol"]["px"], result["protocol"]["view"]) == (224, "the whole picture as published, 224 px")
+    assert (result["protocol"]["probe"]["px"], result["protocol"]["probe"]["centre_frac"]) == (224, 0.875)
+    assert found(run_dir, "internal") | {"time": ""} == found(asked, "internal") | {"time": "", "run": "copy"}
+    assert {path.name for path in (run_dir / "robustness").glob("*.pt")} == {"probe.pt", "probe-224px.pt"}
+
+
+def test_another_size_is_that_of_all_families(asked: Path, independent: Independent, tmp_path: Path) -> None:
+    run_dir = copied(asked, tmp_path / "copy")
+    ask(run_dir, "--px", "48", families=("internal",))
+    ((_, x, label),) = independent.batches("train", 48)
+    probe = fit_probe(independent.encoder(x)[0], label)
+    assert found(run_dir, "internal")["clean_top1"] == pytest.approx(percent(probe.logits(independent.encoder(x)[0]), label), abs=0.01)
+    assert (found(run_dir, "internal")["protocol"]["px"], found(run_dir, "internal")["protocol"]["probe"]["px"]) == (48, 48)
+
+
+def test_the_published_pictures_are_resized_whole_where_a_size_is_given(asked: Path, data: Path, tmp_path: Path) -> None:
+    judge, hits = judge_of(asked), Hits()
+    for images, name in published(data, tmp_path, 32):
+        hits.add("all", judge.classifier(normalize(images)), torch.tensor([judge.class_names.index(name)]))
+    with pytest.raises(ValueError, match=r"one\.JPEG: 32 x 32 px, the published ones have 224: --px N"):
+        ask(asked, "--imagenet-c", str(tmp_path), families=("imagenet-c",))
+    ask(asked, "--imagenet-c", str(tmp_path), "--px", "32", families=("internal",))
     result = found(asked, "imagenet-c")
     assert result["pictures"] == 20
+    assert (result["protocol"]["px"], result["protocol"]["view"]) == (32, "the whole picture resized to 32 px")
     assert result["mean_top1"] == pytest.approx(hits.top1("all"))
     assert (result["protocol"]["split"], result["protocol"]["imagenet_c"]) == ("ImageNet-C", str(tmp_path))
 
@@ -393,6 +431,8 @@ def test_the_published_pictures_are_asked_about_where_there_are_some(asked: Path
         ("--steps 0", "0 steps of an attack: expected 1 or more"),
         ("--imagenet-c nowhere", "--imagenet-c nowhere is no folder"),
         ("--families nothing", "nothing"),
+        ("--families imagenet-c", "give --imagenet-c too, the folder with the published pictures"),
+        ("--px 8", "--px 8: expected 16 to 10000 px"),
         ("--corruptions fog rain", "--corruptions rain: expected some of gaussian_noise, "),
         ("--corruptions", "--corruptions : expected some of gaussian_noise, "),
         ("--severities 0 5", "--severities 0 5: expected some of 1 2 3 4 5"),

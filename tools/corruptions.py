@@ -6,8 +6,8 @@ What a command needs of it:
   any set. `predict` takes normalized pictures [b 3 s s] on the device and returns logits [b classes]; `pictures` is a Loader, or batches as
   `cossl.tools.opened.pictures` yields them: of some pictures of a set add a fourth, their index in it, which their random numbers go by.
   Read once: all corruptions of a batch are made while it is there.
-- `evaluate_imagenet_c(predict, root, px, class_names, device)`: the published set below `root`; of its classes those count that the head
-  knows, by the names of their folders.
+- `evaluate_imagenet_c(predict, root, px, class_names, device)`: the published set below `root`, as it is or resized to px; of its classes
+  those count that the head knows, by the names of their folders.
 - Both return the same: `severities`, `clean_top1` (percent; None for the published set), `top1` {corruption: [percent at each severity, or
   None where it is missing]}, `mean_top1`, `mean_top1_over` (how many numbers that is the mean of), `mean_corruption_error` (percent; None
   for other than the 1000 classes of ImageNet) with `mean_corruption_error_over`, `missing` {corruption: why}, `pictures`, `classes` that
@@ -152,19 +152,22 @@ def evaluate_corruptions(
 
 
 @torch.inference_mode()
-def evaluate_imagenet_c(predict: Predict, root: Path, px: int, class_names: Sequence[str], device: torch.device) -> dict[str, Any]:
-    """The same of the published pictures, of which the centre of px x px counts (224: all of it) and nothing is resized.
+def evaluate_imagenet_c(
+    predict: Predict, root: Path, px: int, class_names: Sequence[str], device: torch.device, batch_size: int = EVAL_BATCH
+) -> dict[str, Any]:
+    """The same of the published pictures: with px 0 as they are, all of 224 x 224, else each resized whole to px x px.
 
     `class_names` are the head's, in the order of its logits: names of class folders (wnid). Pictures of other classes are passed over.
     Beside the common fields: `classes_found`, how many of the head's, of how many `class_folders`, and `pictures_each` {corruption: [at
     each severity]}. There is no mean corruption error unless all the head's are found.
-    What is not there, or not whole, is named in `missing`. ValueError for none, for classes of which none is known, and for damage.
+    What is not there, or not whole, is named in `missing`. ValueError for none, for classes of which none is known, for damage, and with
+    px 0 for pictures of another size than the published ones.
     """
     published = Published(root, class_names)
     numbers = {name: i for i, name in enumerate(CORRUPTIONS)}
     hits, seen = (torch.zeros(len(numbers), len(SEVERITIES), dtype=torch.int64, device=device) for _ in range(2))
     with tqdm(desc="ImageNet-C", unit="pictures", disable=not sys.stderr.isatty(), leave=False) as bar:
-        for batch in published.batches(px, EVAL_BATCH):
+        for batch in published.batches(batch_size, px):
             right = predict(normalize(batch.images.to(device))).argmax(1) == batch.label.to(device)
             at = torch.tensor([[numbers[name] for name in batch.corruption], [s - 1 for s in batch.severity]], device=device)
             hits.index_put_((at[0], at[1]), right.long(), accumulate=True)

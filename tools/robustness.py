@@ -2,8 +2,9 @@
 
 pgd: adversarial pictures, and their one-step case (FGSM). internal: positions of the feature map masked, or replaced by noise, before
 pooling. crop: other centre crops and view sizes than the head was fitted at. corruptions: the 15 of ImageNet-C at 5 severities, made of
-val's own pictures; --imagenet-c takes the published ones. Each writes <run>/robustness/<family>.json and .png, and is skipped when that is
-there already with the same settings and weights. Of N runs the first one's folder also gets <family>-of-N-runs.png, with all as lines.
+val's own pictures. imagenet-c: the published ones, as they are (224 px), by a head fitted at their size. Each writes
+<run>/robustness/<family>.json and .png, and is skipped when that is there already with the same settings and weights. Of N runs the first
+one's folder also gets <family>-of-N-runs.png, with all as lines.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
@@ -25,13 +26,16 @@ from cossl.models.flags import parse_flags
 from cossl.pipelines.augment import normalize
 from cossl.pipelines.corruption_weather import read_frost
 from cossl.pipelines.corruptions import CORRUPTIONS, NAMES, SEVERITIES
+from cossl.pipelines.cut import SMALLEST_PX
+from cossl.pipelines.imagenet_c import PUBLISHED_PX
 from cossl.tools import corruptions
 from cossl.tools.comparison import compare
 from cossl.tools.opened import data_of, open_run, open_runs, stamp, write_result
 from cossl.tools.robustness_figures import curve, draw_curves
 from cossl.tools.robustness_judge import CENTRE_FRAC, Hits, Judge
 
-FamilyName = Literal["pgd", "internal", "crop", "corruptions"]
+FamilyName = Literal["pgd", "internal", "crop", "corruptions", "imagenet-c"]
+PUBLISHED: FamilyName = "imagenet-c"
 NORMS: dict[Norm, str] = {"linf": "L-inf", "l2": "L2"}
 TOP1 = "top-1, percent"
 
@@ -43,11 +47,14 @@ class RobustnessArgs:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]
     """Folders of runs."""
 
-    families: tuple[FamilyName, ...] = get_args(FamilyName)
-    """What is done to the pictures, as in --families pgd crop."""
+    families: tuple[FamilyName, ...] = tuple(name for name in get_args(FamilyName) if name != PUBLISHED)
+    """What is done to the pictures, as in --families pgd crop; imagenet-c is asked whenever --imagenet-c is given."""
 
     imagenet_c: Path | None = None
     """Folder with the published ImageNet-C, <corruption>/<severity>/<class>/<picture>; asked about all of it, whatever --pictures says."""
+
+    px: int = 0
+    """Side of the view of the head and all families; default: the run's --eval-px, for imagenet-c 224, its pictures as they are."""
 
     data: Path | None = None
     """Folder with the train pictures that the head is fitted to, and val; default: those of the run."""
@@ -74,10 +81,10 @@ class RobustnessArgs:
     """internal: share of the feature map's positions."""
 
     crop_fracs: tuple[float, ...] = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
-    """crop: side of the centre crop as a fraction of the picture's shorter side, at the run's own --eval-px."""
+    """crop: side of the centre crop as a fraction of the picture's shorter side, at --px."""
 
     crop_px: tuple[int, ...] = ()
-    """crop: side of the view in px, at the usual centre crop; default: half the run's --eval-px to twice."""
+    """crop: side of the view in px, at the usual centre crop; default: half of --px to twice."""
 
     corruptions: tuple[str, ...] = NAMES
     """corruptions: which of them; beside ImageNet-C's 15 there are speckle_noise gaussian_blur spatter saturate."""
@@ -122,6 +129,7 @@ class RobustnessArgs:
         all_within("--shares", self.shares, 0, 1, "numbers from 0 to 1")
         all_within("--crop-fracs", self.crop_fracs, smallest, 1, "numbers above 0, at most 1")
         all_within("--crop-px", self.crop_px or (1,), 1, 10_000, "1 to 10000 px")
+        all_within("--px", (self.px or SMALLEST_PX,), SMALLEST_PX, 10_000, f"{SMALLEST_PX} to 10000 px")
         all_within("--seed", (self.seed,), 0, 2**63 - 1, "0 or more")
         all_within("--batch-size", (self.batch_size,), 1, 2**31, "1 or more")
         for flag, value in {"--pictures": self.pictures, "--probe-pictures": self.probe_pictures, "--workers": self.workers}.items():
@@ -133,6 +141,8 @@ class RobustnessArgs:
             raise ValueError(f"--frost-dir {self.frost_dir} is no folder: give one with photographs of frost")
         if self.imagenet_c is not None and not self.imagenet_c.is_dir():
             raise ValueError(f"--imagenet-c {self.imagenet_c} is no folder: give the one with gaussian_noise/ and the others")
+        if PUBLISHED in self.families and self.imagenet_c is None:
+            raise ValueError("--families imagenet-c: give --imagenet-c too, the folder with the published pictures")
         _ = self.attacks()
 
     def attacks(self) -> dict[tuple[Norm, str], Attack]:
@@ -278,12 +288,14 @@ def _ask_corruptions(judge: Judge, args: RobustnessArgs) -> dict[str, Any]:
 
 def _imagenet_c_settings(judge: Judge, args: RobustnessArgs) -> dict[str, Any]:
     every = dict.fromkeys(("pictures", "of_pictures", "chosen"), "all")
-    return {"imagenet_c": str(args.imagenet_c), "split": "ImageNet-C", **every, "centre_frac": "the centre of px x px, not resized"}
+    view = f"the whole picture resized to {args.px} px" if args.px else f"the whole picture as published, {PUBLISHED_PX} px"
+    return {"imagenet_c": str(args.imagenet_c), "split": "ImageNet-C", **every, "centre_frac": 1.0, "view": view}
 
 
 def _ask_imagenet_c(judge: Judge, args: RobustnessArgs) -> dict[str, Any]:
     assert args.imagenet_c is not None
-    result = corruptions.evaluate_imagenet_c(judge.classifier, args.imagenet_c, judge.px, judge.class_names, judge.run.device)
+    how = judge.class_names, judge.run.device, judge.batch_size
+    result = corruptions.evaluate_imagenet_c(judge.classifier, args.imagenet_c, args.px, *how)
     return {"title": "Accuracy on ImageNet-C", "table": corruptions.corruption_table(result), **result}
 
 
@@ -293,7 +305,7 @@ FAMILIES: dict[str, Family] = {
     "internal": Family(_internal_settings, _ask_internal, draw_curves, CURVES, 3, TOP1),
     "crop": Family(_crop_settings, _ask_crop, draw_curves, CURVES, 3, TOP1),
     "corruptions": Family(_corruption_settings, _ask_corruptions, corruptions.draw_corruptions, SEVERITY_TABLE, 2, "mean"),
-    "imagenet-c": Family(_imagenet_c_settings, _ask_imagenet_c, corruptions.draw_corruptions, SEVERITY_TABLE, 2, "mean"),
+    PUBLISHED: Family(_imagenet_c_settings, _ask_imagenet_c, corruptions.draw_corruptions, SEVERITY_TABLE, 2, "mean"),
 }
 
 
@@ -303,6 +315,8 @@ FAMILIES: dict[str, Family] = {
 def result_of(judge: Judge, name: str, args: RobustnessArgs) -> dict[str, Any]:
     """The result in the run's folder if it is of these settings and weights; else it is made, drawn and put there."""
     family, path = FAMILIES[name], judge.run.run_dir / "robustness" / f"{name}.json"
+    if name == PUBLISHED:
+        judge = replace(judge, view_px=args.px or PUBLISHED_PX)
     protocol = json.loads(json.dumps(judge.protocol(**family.settings(judge, args))))
     if not args.redo and (old := _done(path, family)) is not None:
         if old["protocol"] == protocol:
@@ -372,9 +386,9 @@ def robustness_main(argv: Sequence[str]) -> None:
     judges = []
     for run in open_runs(args.runs, args.device):
         opened = open_run(run.run_dir, args.device, args.checkpoint) if args.checkpoint else run
-        how = args.pictures, args.probe_pictures, args.seed, args.batch_size, args.workers
+        how = args.pictures, args.probe_pictures, args.seed, args.batch_size, args.workers, args.px
         judges.append(Judge(opened, data_of(opened, args.data), *how))
-    for name in (*dict.fromkeys(args.families), *(["imagenet-c"] if args.imagenet_c is not None else [])):
+    for name in dict.fromkeys([*args.families, *([PUBLISHED] if args.imagenet_c is not None else [])]):
         results = {judge.run.run_dir.name: result_of(judge, name, args) for judge in judges}
         first = next(iter(results.values()))
         pictures = " and ".join(dict.fromkeys(str(result["pictures"]) for result in results.values()))

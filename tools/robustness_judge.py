@@ -106,6 +106,8 @@ class Judge:
     seed: int
     batch_size: int
     workers: int
+    view_px: int = 0
+    """Side of the view, 0 for the run's --eval-px."""
 
     @cached_property
     def chosen(self) -> Int[Tensor, " k"]:
@@ -114,7 +116,13 @@ class Judge:
 
     @property
     def px(self) -> int:
-        return self.run.config.eval_px
+        return self.view_px or self.run.config.eval_px
+
+    @property
+    def _probe_path(self) -> Path:
+        """Another size has a file of its own, so that one command which needs two heads fits each of them once."""
+        name = PROBE_FILE if self.px == self.run.config.eval_px else f"probe-{self.px}px.pt"
+        return self.run.run_dir / "robustness" / name
 
     @cached_property
     def weights(self) -> str:
@@ -149,7 +157,7 @@ class Judge:
     @cached_property
     def classifier(self) -> Classifier:
         """Fitted to train, or read from the run's folder, where it was put when it was fitted. ValueError if val has other classes."""
-        path = self.run.run_dir / "robustness" / PROBE_FILE
+        path = self._probe_path
         parts = _kept_probe(path, self.probe_protocol)
         if parts is None:
             path.parent.mkdir(exist_ok=True)
@@ -190,7 +198,7 @@ class Judge:
     ) -> Iterator[Some]:
         """The chosen pictures, in order, at most `batch_size` at once, with a bar of their number unless there is one already."""
         chosen = self.chosen if chosen is None else chosen
-        loader = open_split(self.run, self.data, split, px, self.workers, centre_frac)
+        loader = open_split(self.run, self.data, split, px or self.px, self.workers, centre_frac)
         own = self.bar(what, len(chosen)) if bar is None else None
         try:
             for batch in loader.epoch(0):
