@@ -131,7 +131,11 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
 def unsealed(value: Mapping[str, Any]) -> dict[str, Any]:
     """The content of a sealed object. ValueError if it has no seal, or is not what was sealed."""
     content = {key: one for key, one in value.items() if key != "sha256"}
-    if value.get("sha256") != _digest(content):
+    try:
+        digest = _digest(content)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if value.get("sha256") != digest:
         raise ValueError("it was changed, or cut off" if "sha256" in value else "it has no sha256 of its content")
     return content
 

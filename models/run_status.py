@@ -16,9 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from cossl.models.flags import unsealed
+
 State = Literal["running", "finished", "collapsed", "failed", "stopped", "no-checkpoint"]
 FAILED = "failed: "
 """How the last line of train.log begins, after its time, when the run ended by an error."""
+UNSEALED = "damaged, or of another version"
+"""What is said of results.json without the hash of its content, or with another one: its numbers are not shown."""
 REQUEUE_EXIT_CODE = 85
 """The run was asked to stop, has written a checkpoint and is not finished: start the same command again with --resume.
 
@@ -70,7 +74,7 @@ def has_collapsed(std: float, rank: float) -> bool:
 def read_run(path: Path, name: str, locked: frozenset[int] | None) -> Run:
     """What the folder says; `locked` is `flocked_inodes()`. Files that are missing, damaged or half-written become notes, never errors."""
     run = Run(name)
-    config, results = _read_object(path / "config.json", run), _read_object(path / "results.json", run, missing="")
+    config, results = _read_object(path / "config.json", run), _read_results(path / "results.json", run)
     last, knn = _last_lines(path / "metrics.jsonl", run)
     run.preset, run.method, run.epochs = _word(config.get("preset")), _word(config.get("model.method")), _number(config.get("epochs"))
     run.epoch, run.images_per_s = _number(last.get("epoch")), _number(last.get("images_per_s"))
@@ -118,6 +122,16 @@ def _read_object(path: Path, run: Run, missing: str = "missing") -> dict[str, An
     if trouble:
         run.notes.append(f"{path.name} {trouble}")
     return {}
+
+
+def _read_results(path: Path, run: Run) -> dict[str, Any]:
+    """What the trainer has written there and nobody has changed since."""
+    value = _read_object(path, run, missing="")
+    try:
+        return unsealed(value) if value else {}
+    except ValueError as error:
+        run.notes.append(f"{path.name} {UNSEALED} ({error})")
+        return {}
 
 
 def _last_lines(path: Path, run: Run) -> tuple[dict[str, Any], float | None]:

@@ -41,7 +41,7 @@ def as_csv(collected: Collected) -> str:
     text = io.StringIO()
     lines = csv.DictWriter(text, [*ours[:2], *axes, *ours[2:]], lineterminator="\n")
     lines.writeheader()
-    for point, run_dir, words, state, found in collected.outcomes:
+    for point, run_dir, words, state, found, _ in collected.outcomes:
         own = {"preset": point.preset, "data": point.config.get("data"), "seed": point.seed, "state": state}
         lines.writerow(own | dict(zip(axes, words, strict=True)) | found | {"run": run_dir, "identity": point.identity})
     return text.getvalue()
@@ -143,6 +143,8 @@ def notes(collected: Collected) -> Iterator[str]:
     yield f"± is the sample standard deviation over seeds (divided by n - 1); n = {seeds}, unless a cell says (n of N)"
     yield "bold: the best mean, as printed, of its column among the settings with all their seeds; several if they are equal"
     yield f"missing of {len(collected.outcomes):,} points: {', '.join(f'{n:,} {state}' for state, n in missing.items()) or 'none'}"
+    for damage in dict.fromkeys(filter(None, (outcome.damage for outcome in collected.outcomes))):
+        yield f"{damage}, its numbers are left out: {_named(collected, (one for one in collected.outcomes if one.damage == damage))}"
     if collapsed:
         yield f"† collapsed, the projections say nothing of their picture: {_named(collected, collapsed)}"
     if not done:

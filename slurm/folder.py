@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cossl.models.flags import read_object, replace_text, sealed, unsealed
+from cossl.models.run_status import UNSEALED
 
 
 class Point(NamedTuple):
@@ -175,19 +176,25 @@ def held(root: Path, wait_s: float = 60) -> Iterator[None]:
 def results_of(run_dir: Path, point: Point) -> dict[str, Any] | None:
     """results.json, if the run is finished, its numbers are numbers, and its config.json is the point's but for where the pictures lie.
 
-    None in every other case: a file that is missing, damaged, or of another run is no result. Results of runs from before they had the hash
-    of their content are believed without.
+    None in every other case: a file that is missing, damaged, without the hash of its content, or of another run is no result.
     """
-    results, config = _object(run_dir / "results.json"), _object(run_dir / "config.json")
-    if results is None or config is None or any(config.get(k) != v for k, v in point.config.items() if k != "data"):
+    try:
+        results, config = unsealed(read_object(run_dir / "results.json")), read_object(run_dir / "config.json")
+    except (OSError, ValueError):
+        return None
+    if any(config.get(k) != v for k, v in point.config.items() if k != "data"):
         return None
     tops = [results.get(probe, {}).get("trained") for probe in ("linear_top1", "knn_top1") if isinstance(results.get(probe), dict)]
     good = len(tops) == 2 and all(isinstance(top, int | float) and not isinstance(top, bool) and abs(top) < math.inf for top in tops)
     return results if good else None
 
 
-def _object(path: Path) -> dict[str, Any] | None:
-    with contextlib.suppress(OSError, ValueError):
-        value = read_object(path)
-        return unsealed(value) if "sha256" in value else value
-    return None
+def damage_of(run_dir: Path) -> str:
+    """Why the results in a run's folder are not believed, whatever is in them; "" if they are, or if there are none."""
+    try:
+        unsealed(read_object(run_dir / "results.json"))
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError) as error:
+        return f"results.json {UNSEALED} ({error.strerror if isinstance(error, OSError) else error})"
+    return ""

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cossl.slurm.folder import Point, Sweep, results_of
+from cossl.slurm.folder import Point, Sweep, damage_of, results_of
 
-DONE, MISSING = "done", "missing"
+DONE, MISSING, DAMAGED = "done", "missing", "damaged"
 PROBES = {"linear_top1": "linear", "knn_top1": "20-NN"}
 NETWORKS = {"": "trained", "untrained_": "untrained", "pixels_": "pixels"}
 FOUND = (
@@ -36,6 +36,8 @@ class Outcome(NamedTuple):
     """DONE, or what the missing one is called."""
     found: dict[str, Any]
     """Each of FOUND, None where the run does not say; empty if it is missing."""
+    damage: str = ""
+    """Why its results.json, if it has one, is not believed."""
 
 
 class Axis(NamedTuple):
@@ -114,8 +116,9 @@ def collect(sweep: Sweep, states: Mapping[str, str] = {}) -> Collected:
     for point in sweep.points:
         found, words = _found(sweep.run_dir(point), point), tuple(axis.words[_text(point, axis.key)] for axis in axes)
         said = states.get(point.identity, MISSING)
-        state = DONE if found else MISSING if said in (DONE, "finished") else said
-        outcomes.append(Outcome(point, sweep.run_dir(point), words, state, found))
+        damage = "" if found else damage_of(sweep.run_dir(point))
+        state = DONE if found else said if said not in (DONE, "finished", MISSING) else DAMAGED if damage else MISSING
+        outcomes.append(Outcome(point, sweep.run_dir(point), words, state, found, damage))
     groups: dict[tuple[str, tuple[str, ...]], list[Outcome]] = {}
     for outcome in outcomes:
         groups.setdefault((outcome.point.preset, outcome.words), []).append(outcome)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from cossl.models.run_status import FAILED, Run, flocked_inodes, is_running, last_words, read_run
-from cossl.slurm.folder import Job, Point, Sweep, results_of
+from cossl.slurm.folder import Job, Point, Sweep, damage_of, results_of
 from cossl.slurm.point import CANCELLED, record_of, slurm_environment
 
 State = Literal["new", "pending", "running", "done", "failed", "lost", "cancelled", "unknown"]
@@ -84,6 +84,8 @@ def _look(one: Standing, sweep: Sweep, locked: frozenset[int] | None) -> None:
         one.state = "done"
     elif is_running(run_dir / "lock", locked):
         one.state = "running"
+    else:
+        one.detail = damage_of(run_dir)
 
 
 def _name(one: Standing, sweep: Sweep, job: Job | None) -> None:
@@ -121,12 +123,14 @@ def _explain(one: Standing, job: Job, sweep: Sweep, over: str) -> None:
     if record.get("why") == CANCELLED or over == "CANCELLED":
         one.state, one.detail = "cancelled", ""
     elif record.get("code") == 0:
-        one.state, one.detail = "failed", f"ended with code 0, but {run_dir / 'results.json'} is not this point's whole results"
+        wrong = one.detail or "results.json is not this point's whole results"
+        one.state, one.detail = "failed", f"ended with code 0, but {run_dir}/{wrong}"
     elif isinstance(record.get("code"), int) or over in ITS_OWN_FAULT or words.startswith(FAILED):
         one.state = "failed"
         one.detail = record.get("why") or error_of(folder / job.log, words) or over.lower() or f"exit code {record.get('code')}"
     else:
-        one.state, one.detail = "lost", record.get("why") or over.lower().replace("_", " ") or "its job is over and left no word"
+        why = record.get("why") or one.detail or over.lower().replace("_", " ")
+        one.state, one.detail = "lost", why or "its job is over and left no word"
 
 
 def _words_since(log: Path, start: float) -> str:

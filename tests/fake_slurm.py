@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from cossl.models.flags import sealed
 from cossl.slurm import sweep
 from cossl.slurm.folder import Job, Point, Sweep, add_points, read_sweep, record_jobs
 
@@ -105,12 +106,13 @@ def submitted(own: Sweep, jobs: list[str], grid: str = "") -> Sweep:
 
 
 def run_of(own: Sweep, point: Point, **files: Any) -> Path:
-    """The run folder of a point: config, results, metrics as JSON; log as the text of train.log."""
+    """The run folder of a point: config, sealed results, metrics as JSON; log as the text of train.log."""
     path = own.run_dir(point)
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps({"preset": "in1k", "epochs": 100, "batch_size": 4096} | point.config))
     names = {"config": "config.json", "results": "results.json", "metrics": "metrics.jsonl", "log": "train.log"}
     for key, value in files.items():
+        value = sealed(value) if key == "results" and isinstance(value, dict) else value
         (path / names[key]).write_text(value if isinstance(value, str) else json.dumps(value) + "\n")
     return path
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from cossl.models.flags import sealed
 from cossl.slurm.collect import Collected, collect
 from cossl.slurm.folder import Point, Sweep
 
@@ -32,13 +33,13 @@ def results(top: float = 50.0, knn: float = 40.0, **more: Any) -> dict[str, Any]
 
 
 def finish(sweep: Sweep, one: Point, found: Any, version: str = "0.1.0+gabc") -> Path:
-    """The run folder as the trainer leaves it; `found` is results.json, or its bytes."""
+    """The run folder as the trainer leaves it; `found` is what results.json says, or its bytes."""
     folder = sweep.run_dir(one)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"preset": one.preset, "run_dir": str(folder)} | one.config))
     starts = [{"cpu": "old", "gpus": [], "code": {"version": version}}, {"cpu": "Xeon", "gpus": [], "code": {"version": version}}]
     (folder / "environment.json").write_text(json.dumps(starts))
-    (folder / "results.json").write_bytes(found if isinstance(found, bytes) else json.dumps(found).encode())
+    (folder / "results.json").write_bytes(found if isinstance(found, bytes) else json.dumps(sealed(found)).encode())
     return folder
 
 

@@ -11,7 +11,7 @@ import finished_sweeps
 import pytest
 from PIL import Image
 
-from cossl.models.flags import flatten
+from cossl.models.flags import flatten, sealed
 from cossl.slurm.collect import write
 from cossl.tools import report_page
 from cossl.tools.report import runs_report
@@ -56,10 +56,12 @@ def picture(path: Path, colour: str = "red", size: tuple[int, int] = (60, 40)) -
 
 
 def make_run(path: Path, **files: Any) -> Path:
-    """A finished run; `files` are JSON, text or bytes by name, as in eval__knn="...", None for one that is not there."""
+    """A finished run; `files` are JSON, text or bytes by name, as in eval__knn="...", None for one that is not there; results are sealed."""
     lines = "".join(json.dumps(record(step)) + "\n" for step in range(10, 110, 10)) + '{"step": 100, "epoch": 2.0, "knn_top1": 55.5}\n'
     there = {"config": DEMO | {"epochs": 2, "run_dir": str(path)}, "results": RESULTS, "environment": [START], "metrics": lines}
     for name, content in (there | {"eval__knn": result()} | files).items():
+        if name == "results" and isinstance(content, dict):
+            content = sealed(content)
         if content is not None:
             file = path / (name.replace("__", "/") + (".jsonl" if name == "metrics" else ".json"))
             file.parent.mkdir(parents=True, exist_ok=True)

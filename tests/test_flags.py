@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cossl.models import run_folder
-from cossl.models.flags import config_hash, flatten, parse_flags, replace_text
+from cossl.models.flags import config_hash, flatten, parse_flags, replace_text, unsealed
 
 
 @dataclass(frozen=True)
@@ -47,3 +48,11 @@ def test_the_hash_is_of_the_values_that_make_the_run() -> None:
     assert one == config_hash({"run_dir": "y", "b": (0.5, None), "a": 1}, ["run_dir"])
     assert one != config_hash({"a": 1, "b": (0.25, None), "run_dir": "x"}, ["run_dir"])
     assert run_folder.stamp({"a": 1})["config_hash"] == config_hash({"a": 1})
+
+
+def test_what_is_nested_too_deeply_is_not_believed() -> None:
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(ValueError, match="nested too deeply"):
+        unsealed({"a": deep, "sha256": ""})

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from report_pages import DEMO, HOSTILE, RESULTS, START, Page, filled, make_run, one, picture, record, result
 
+from cossl.models.flags import sealed
 from cossl.tools import report_page
 from cossl.tools.report import runs_report
 
@@ -48,6 +49,11 @@ DAMAGE: dict[str, tuple[dict[str, Any], str]] = {  # name: files, what is said
     "config gone": ({"config": None}, "config.json missing"),
     "config of odd values": ({"config": {"preset": 3, "epochs": {}, "batch_size": [], "model.method": None}}, "The preset — is not one"),
     "results half": ({"results": b'{"linear\xff'}, "results.json damaged"),
+    "results unsealed": ({"results": json.dumps(RESULTS)}, "results.json damaged, or of another version (it has no sha256 of its content)"),
+    "results changed": (
+        {"results": json.dumps(sealed(RESULTS) | {"knn_top1": {"trained": 99.0}})},
+        "results.json damaged, or of another version (it was changed, or cut off)",
+    ),
     "results odd": ({"results": {"linear_top1": 3, "knn_top1": {"trained": "x"}, "protocol": 3}}, "protocol: not recorded"),
     "environment half": ({"environment": "[{"}, "environment.json damaged"),
     "environment odd": ({"environment": [3, {"code": 3, "versions": [], "gpus": 5}]}, "1 of the 2 starts"),
@@ -85,6 +91,15 @@ def test_damage_is_named(tmp_path: Path, name: str) -> None:
     page = one(tmp_path, **files)
     assert said in page.text
     assert "Curves" in page.text or "metrics" in name
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_results_without_their_seal_give_no_number(tmp_path: Path, several: bool) -> None:
+    """Neither a tile, nor a table, nor the state of the run."""
+    odd = make_run(tmp_path / "a", results=json.dumps(RESULTS))
+    text = Page(runs_report([odd, make_run(tmp_path / "b")] if several else [odd])).text
+    assert [text.count(word) for word in ("77.2 %", "63.0 %", "350.9")] == ([1] * 3 if several else [0] * 3)
+    assert text.count("results.json damaged, or of another version") == 1
 
 
 def test_pictures_that_are_none(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from cossl.models import run_folder
+from cossl.models.flags import sealed
 from cossl.models.run_status import Run, find_runs, flocked_inodes, is_running, list_runs, read_run
 
 CONFIG = {"preset": "in1k", "model.method": "byol", "epochs": 100}
@@ -24,13 +25,14 @@ LOG = "2026-01-01 12:00:00  "
 
 
 def make(path: Path, **files: Any) -> Path:
-    """A run of these files, JSON unless they are text or bytes; `log` is the end of train.log, `checkpoint` a file's name."""
+    """A run of these files, JSON unless text or bytes, results sealed; `log` is the end of train.log, `checkpoint` a file's name."""
     path.mkdir(parents=True)
     names = {"config": "config.json", "results": "results.json", "metrics": "metrics.jsonl", "log": "train.log"}
     for key, value in ({"config": CONFIG, "metrics": json.dumps(LAST) + "\n"} | files).items():
         if key == "checkpoint":
             (path / value).touch()
         elif value is not None:
+            value = sealed(value) if key == "results" and isinstance(value, dict) else value
             content = value if isinstance(value, str | bytes) else json.dumps(value)
             (path / names[key]).write_bytes(content.encode() if isinstance(content, str) else content)
     (path / "lock").write_text("process 1 on gpu7 since 2026-01-01 12:00:00\n")
@@ -63,6 +65,16 @@ STATES: dict[str, tuple[str, list[str], dict[str, Any]]] = {  # name: state, not
     "config a list": ("stopped", ["config.json damaged"], {"config": [1], "checkpoint": "last.pt"}),
     "config bytes": ("stopped", ["config.json damaged"], {"config": b"\x80\xff", "checkpoint": "last.pt"}),
     "results half": ("stopped", ["results.json damaged"], {"results": '{"linear', "checkpoint": "last.pt"}),
+    "results unsealed": (
+        "stopped",
+        ["results.json damaged, or of another version (it has no sha256 of its content)"],
+        {"results": json.dumps(RESULTS), "checkpoint": "last.pt"},
+    ),
+    "results changed": (
+        "collapsed",
+        ["results.json damaged, or of another version (it was changed, or cut off)"],
+        {"results": json.dumps(sealed(RESULTS) | {"collapsed": True}), "metrics": collapsed(LAST)},
+    ),
     "results odd": ("finished", [], {"results": {"linear_top1": 3, "knn_top1": {"trained": "x"}}}),
     "line half": ("stopped", ["metrics.jsonl ends in half a line"], {"metrics": json.dumps(LAST) + '\n{"st', "checkpoint": "last.pt"}),
     "line odd": ("stopped", ["metrics.jsonl damaged"], {"metrics": "[1]\n", "checkpoint": "last.pt"}),
@@ -88,6 +100,8 @@ def test_figures_of_a_finished_and_of_a_training_run(tmp_path: Path) -> None:
     finished = read(make(tmp_path / "finished", results=RESULTS))
     assert (finished.preset, finished.method, finished.epoch, finished.epochs) == ("in1k", "byol", 50.0, 100)
     assert (finished.knn_top1, finished.linear_top1, finished.images_per_s) == (60.5, 70.25, 2700.5)
+    unsealed = read(make(tmp_path / "unsealed", results=json.dumps(RESULTS)))
+    assert (unsealed.knn_top1, unsealed.linear_top1) == (None, None)
     lines = [LAST | {"epoch": epoch} | ({"knn_top1": 10.0 * epoch} if epoch in (1, 2) else {}) for epoch in range(5)]
     path = make(tmp_path / "training", metrics="".join(json.dumps(line) + "\n" for line in lines))
     os.utime(path / "metrics.jsonl", (time.time() - 7200,) * 2)

@@ -123,6 +123,8 @@ NO_RESULTS: dict[str, Any] = {
     "empty": b"",
     "no text": b"\xff\xfe\x00",
     "a list": b"[1]",
+    "unsealed": json.dumps(results(60.0)).encode(),
+    "changed": json.dumps(sealed(results(50.0)) | results(60.0)).encode(),
     "NaN": results(float("nan")),
     "infinite": results(50.0, float("inf")),
     "a word": results() | {"linear_top1": {"trained": "50"}},
@@ -140,9 +142,23 @@ def test_what_is_no_result_is_missing(tmp_path: Path, case: str) -> None:
     finish(sweep, good, results(50.0))
     finish(sweep, bad, NO_RESULTS[case])
     collected = collect(sweep)
-    assert [row["state"] for row in rows_of(collected)] == ["done", "missing"]
+    damaged = isinstance(NO_RESULTS[case], bytes)
+    assert [row["state"] for row in rows_of(collected)] == ["done", "damaged" if damaged else "missing"]
+    assert ("- results.json damaged, or of another version (" in as_markdown(collected)) is damaged
     assert rows_of(collected)[1]["linear_top1"] == rows_of(collected)[1]["protocol"] == ""
     assert cells(as_markdown(collected), "heads")[0] == "50.0 (1 of 2)"
+
+
+def test_damaged_results_are_named_whatever_the_state(tmp_path: Path) -> None:
+    """Also where the scheduler has a word for the point."""
+    points = [point({"model.local_head": head}) for head in HEADS]
+    sweep = sweep_of(tmp_path, *points)
+    for one in points[1:3]:
+        finish(sweep, one, json.dumps(results()).encode())
+    markdown = as_markdown(collect(sweep, {points[0].identity: "failed", points[1].identity: "lost"}))
+    assert [cells(markdown, head)[0] for head in HEADS] == ["— failed", "— lost", "— damaged", "— missing"]
+    why = "results.json damaged, or of another version (it has no sha256 of its content), its numbers are left out"
+    assert f"- {why}: demo, local_head mlp2 (seed 0); demo, local_head mlp3 (seed 0)\n" in markdown.replace("\\_", "_")
 
 
 def test_a_half_written_file_beside_is_not_read(tmp_path: Path) -> None:

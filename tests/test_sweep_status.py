@@ -104,7 +104,11 @@ CASES: dict[str, Case] = {
         both(recorded(137), said(0, "srun: error: n2: tasks 3-5: Killed\n"), said(3, "at step 9\n")),
     ),
     "a code of 0 without results": ("failed", "is not this point's whole results", recorded(0, "finished")),
-    "a job of all tasks done without results": ("failed", "is not this point's whole results", both(recorded(0), ran(results="{"))),
+    "a job of all tasks done without results": (
+        "failed",
+        "results.json damaged, or of another version (it holds a list)",
+        both(recorded(0), ran(results="[]")),
+    ),
     "lost, forgotten": ("lost", "its job is over and left no word", lambda fake, own, point: None),
     "lost with its node": ("lost", "node fail", squeue("NODE_FAIL", "None")),
     "lost at its time limit": ("lost", "timeout", sacct("TIMEOUT")),
@@ -148,7 +152,7 @@ def test_states(tmp_path: Path, fake: FakeSlurm, name: str) -> None:
     (one,) = standings(own)
     assert (
         (one.state, one.detail) == (state, detail)
-        if not detail.startswith("is not")
+        if not detail.startswith(("is not", "results.json"))
         else (one.state == state and one.detail.endswith(detail))
     )
     assert one.log == own.folder / "logs" / "7" / "7_0_0_log.out"
@@ -216,6 +220,19 @@ def test_results_of_another_config_are_none(tmp_path: Path, fake: FakeSlurm) -> 
     for results in ("", '{"linear_top1', "[]", {"linear_top1": {"trained": 1.0}}):
         run_of(own, point, results=results)
         assert standings(own)[0].state == "lost"
+
+
+def test_results_without_their_seal_are_none_and_it_says_so(tmp_path: Path, fake: FakeSlurm) -> None:
+    own = submitted(made(tmp_path, 3), ["7_0", "7_1"])
+    for point in own.points:
+        run_of(own, point, results=json.dumps(RESULTS))
+    at_point.record(own.folder, "7_1", 0, "")
+    said = "results.json damaged, or of another version (it has no sha256 of its content)"
+    found = [(one.state, one.detail) for one in standings(own)]
+    assert found == [("lost", said), ("failed", f"ended with code 0, but {own.run_dir(own.points[1])}/{said}"), ("new", said)]
+    for point in own.points:
+        run_of(own, point, results=RESULTS)
+    assert {(one.state, one.detail) for one in standings(own)} == {("done", "")}
 
 
 # ------------------------------------------------------------------------------------------------- on this machine

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cossl.models.run_status import Run, flocked_inodes, read_run
+from cossl.models.flags import unsealed
+from cossl.models.run_status import UNSEALED, Run, flocked_inodes, read_run
 from cossl.tools.comparison import PART, RUNS, digest, stem_of
 from cossl.tools.report_page import number, read_bytes, read_json
 
@@ -37,6 +38,11 @@ def read_told(run_dir: Path, name: str) -> Told:
     troubles: list[str] = []
     run = read_run(run_dir, name, flocked_inodes())
     config, results = (read_json(run_dir / file, dict, file, troubles) for file in ("config.json", "results.json"))
+    try:
+        results = unsealed(results) if results else {}
+    except ValueError as error:
+        troubles.append(f"results.json {UNSEALED} ({error})")
+        results = {}
     starts = read_json(run_dir / "environment.json", list, "environment.json", troubles)
     families = {family: dict(_results(run_dir, family, troubles)) for family in FAMILIES}
     metrics = _metrics(run_dir / "metrics.jsonl", troubles)
