@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 from cossl.models.flags import sealed
-from cossl.slurm.collect import Collected, collect
+from cossl.slurm.collect import Collected, as_csv, collect
 from cossl.slurm.folder import Point, Sweep
 
 PROTOCOL = {"knn_k": 20, "linear_l2_strengths": [1e-4, 1.0], "eval_px": 72, "features": "pooled, eval mode"}
@@ -70,3 +72,13 @@ def nasty_sweep(tmp_path: Path) -> Collected:
         points[i] = one
         finish(sweep, one, results(device="a_b|c%"))
     return collect(sweep._replace(points=points))
+
+
+def rows_of(collected: Collected) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(as_csv(collected))))
+
+
+def cells(markdown: str, *names: str) -> list[str]:
+    """The cells of the first row of this name."""
+    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in markdown.splitlines() if line.startswith("| ")]
+    return next(row[len(names) :] for row in rows if row[: len(names)] == list(names))
