@@ -178,14 +178,21 @@ def test_choice() -> None:
 
 @pytest.mark.parametrize("refit", [True, False])
 def test_the_best_is_trained_again_on_all_or_kept_as_it_is(run: Path, pictures: Path, tmp_path: Path, refit: bool) -> None:
-    settings, subject = replace(SETTINGS, refit=refit), subject_of(run, pictures, tmp_path / "cache")
+    """The best is not the last here."""
+    settings, subject = replace(SETTINGS, refit=refit, how=replace(HOW, lrs=(0.5, 0.1))), subject_of(run, pictures, tmp_path / "cache")
     found = finetune(subject, settings, "finetune", tmp_path / "out")
     trainer, parts = Trainer(subject, settings, "again"), parts_of(subject.pictures.labels["train"], settings)
     assert trainer.fit(found["lr"], parts.whole if refit else parts.trained, "again")
     kept = tuned(tmp_path / "out" / "finetune.pt")
-    assert kept["lr"] == found["lr"]
+    assert kept["lr"] == found["lr"] == 0.5
     for key, value in trainer.network.network.state_dict().items():
         assert torch.equal(value, kept["network"][key]), key
+    if not refit:
+        spec = LoaderSpec(evaluation(PX), 1000, workers=0, shuffle=False)
+        (batch,) = TorchLoader(pictures / "train", spec).epoch(0)
+        with torch.no_grad():
+            loss = nn.functional.cross_entropy(trainer.network.eval()(normalize(batch.split()[0][parts.held])), batch.label[parts.held])
+        assert found["grid_held_out"][0]["cross_entropy"] == pytest.approx(loss.item(), abs=1e-4)
 
 
 def test_a_rate_that_diverges_is_never_chosen(run: Path, pictures: Path, tmp_path: Path) -> None:
@@ -195,6 +202,9 @@ def test_a_rate_that_diverges_is_never_chosen(run: Path, pictures: Path, tmp_pat
     assert found["lr"] == 0.01
     assert math.isfinite(found["grid_held_out"][1]["cross_entropy"])
     settings = replace(settings, how=replace(settings.how, lrs=(1e30, 1e35)))
+    trainer = Trainer(subject_of(run, pictures, tmp_path / "cache"), settings, "finetune")
+    assert not trainer.fit(1e30, np.arange(80), "x")
+    assert trainer.keeper.get("x") is None
     with pytest.raises(ValueError, match=r"^fine-tuning diverged at every learning rate: give --finetune.lrs below 1e\+30$"):
         finetune(subject_of(run, pictures, tmp_path / "cache"), settings, "finetune", tmp_path / "out")
 
