@@ -14,7 +14,7 @@ VERBS: dict[str, tuple[str, str, str]] = {  # verb: module, function, what it do
     "verify": ("cossl.tools.write_beton", "verify_main", "prove that a beton is whole: verify OUT.beton"),
     "bench": ("cossl.tools.bench", "main", "what things cost here, beside their peers: bench loaders"),
     "models": ("cossl.tools.models", "models_main", "what every backbone and local head sees and costs: models --view-px 224"),
-    "eval": ("cossl.tools.evaluate", "eval_main", "kNN, linear probes and few shots on a run's frozen features: eval RUN"),
+    "eval": ("cossl.tools.evaluate", "eval_main", "kNN, linear probes, few shots and fine-tuning of what a run learned: eval RUN"),
     "export": ("cossl.tools.export", "export_main", "a run's backbone for others: safetensors, torchvision's and timm's names, ONNX"),
     "locality": ("cossl.tools.locality", "locality_main", "what single positions of the feature map say: locality RUN..."),
     "robustness": ("cossl.tools.robustness", "robustness_main", "accuracy under attacks, corruptions and damage: robustness RUN..."),
