@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,49 +11,27 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
-from torch import Tensor
+from robust_run import FEW, Independent, alike, ask, copied, found, judge_of, percent, top1s, trained
 from torch.nn import functional as F
 
-import cossl
-from cossl import train
 from cossl.models.attacks import damaged
-from cossl.models.features import features
-from cossl.models.probe import fit_probe
-from cossl.pipelines import make_loader
-from cossl.pipelines.augment import IMAGENET_MEAN, IMAGENET_STD, normalize
-from cossl.pipelines.batch import LoaderSpec
-from cossl.pipelines.corruptions import corrupt
-from cossl.pipelines.views import evaluation
+from cossl.pipelines.augment import normalize
 from cossl.tools import cli, robustness_judge
-from cossl.tools.opened import open_run
 from cossl.tools.report import runs_report
 from cossl.tools.robustness import FAMILIES, RobustnessArgs, robustness_main
 from cossl.tools.robustness_judge import Hits, Judge, choose
 
-SMALL = (
-    "--epochs 1 --batch-size 16 --log-every 1 --views.size-px 16 --eval-px 32 --model.width 8 --model.receptive-field 9"
-    " --model.hidden-dim 16 --model.out-dim 8 --optim.warmup-epochs 0.5 --loader.backend torch --loader.workers 0 --device cpu"
-).split()
-FEW = "--eps 0.003 0.1 --eps-l2 0.1 --steps 3 --shares 0 0.5 --crop-fracs 0.5 1 --crop-px 16".split()
 CURVES = ["pgd", "internal", "crop"]
 
 
 @pytest.fixture(scope="module")
 def data(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """80 pictures, train and val alike, so that a head knows most of them."""
-    folder = tmp_path_factory.mktemp("alike")
-    for split in ("train", "val"):
-        (folder / split).symlink_to(pictures / "train")
-    return folder
+    return alike(pictures, tmp_path_factory.mktemp("alike"))
 
 
 @pytest.fixture(scope="module")
 def run_dir(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one epoch of 5 steps."""
-    run_dir = tmp_path_factory.mktemp("robust") / "one"
-    train.main(["demo", "--data", str(data), "--run-dir", str(run_dir), *SMALL])
-    return run_dir
+    return trained(data, tmp_path_factory.mktemp("robust"))
 
 
 @pytest.fixture(scope="module")
@@ -64,43 +41,9 @@ def asked(run_dir: Path) -> Path:
     return run_dir
 
 
-def ask(run_dir: Path, *flags: str, families: tuple[str, ...] = ("pgd", "internal", "crop")) -> None:
-    robustness_main([str(run_dir), "--families", *families, *FEW, *flags])
-
-
-def found(run_dir: Path, family: str) -> dict[str, Any]:
-    return json.loads((run_dir / "robustness" / f"{family}.json").read_text())
-
-
-def top1s(result: dict[str, Any]) -> dict[tuple[Any, ...], float]:
-    return {tuple(row[:3]): row[3] for row in result["table"]["rows"]}
-
-
-class Independent:
-    """The run's encoder and a head of its own, by other means than the command's."""
-
-    def __init__(self, run_dir: Path, data: Path) -> None:
-        self.encoder, self.data = cossl.load(run_dir), data
-        (x, label) = features({"run": self.encoder}, self.batches("train"))
-        self.probe = fit_probe(x["run"], label)
-
-    def batches(self, split: str, px: int = 32, centre_frac: float = 0.875) -> list[tuple[Tensor, Tensor, Tensor]]:
-        loader = make_loader("torch", self.data / split, LoaderSpec(evaluation(px, centre_frac), 1000, workers=0, shuffle=False))
-        return [(batch.split()[0], normalize(batch.split()[0]), batch.label) for batch in loader.epoch(0)]
-
-    def logits(self, x: Tensor) -> Tensor:
-        """Of pictures in [0, 1]."""
-        mean, std = (torch.tensor(value).view(3, 1, 1) for value in (IMAGENET_MEAN, IMAGENET_STD))
-        return self.probe.logits(self.encoder((x - mean) / std)[0])
-
-
 @pytest.fixture(scope="module")
 def independent(run_dir: Path, data: Path) -> Independent:
     return Independent(run_dir, data)
-
-
-def percent(logits: Tensor, label: Tensor) -> float:
-    return 100 * (logits.argmax(1) == label).double().mean().item()
 
 
 # ------------------------------------------------------------------------------------------------- the numbers
@@ -165,14 +108,6 @@ def test_crops_equal_the_same_by_hand(asked: Path, independent: Independent) -> 
     for varied, frac, px in (("centre crop", 0.5, 32), ("centre crop", 1.0, 32), ("view size", 0.875, 16)):
         ((_, x, label),) = independent.batches("val", px, frac)
         assert top1[varied, frac, px] == pytest.approx(percent(independent.probe.logits(independent.encoder(x)[0]), label), abs=0.01)
-
-
-def judge_of(run_dir: Path, **changes: Any) -> Judge:
-    run = open_run(run_dir, "cpu")
-    assert run.config.data is not None
-    return Judge(
-        **{"run": run, "data": run.config.data, "pictures": 0, "probe_pictures": 0, "seed": 0, "batch_size": 64, "workers": 0} | changes
-    )
 
 
 @pytest.mark.parametrize("family", ["pgd", "internal"])
@@ -331,87 +266,6 @@ def test_without_matplotlib_the_numbers_are_written(
     ask(asked, "--redo", families=("crop",))
     assert "crop.png is not drawn: matplotlib is not installed: pip install" in capsys.readouterr().err
     assert found(asked, "crop")["figures"] == []
-
-
-# ------------------------------------------------------------------------------------------------- corruptions
-
-
-def test_corruptions_are_asked_of_the_same_pictures(asked: Path) -> None:
-    flags = "--corruptions gaussian_noise brightness contrast --severities 1 5 --pictures 20".split()
-    ask(asked, *flags, families=("corruptions",))
-    result = found(asked, "corruptions")
-    assert result["pictures"] == 20
-    assert set(result["top1"]) == {"gaussian_noise", "brightness", "contrast"}
-    assert result["protocol"]["severities"] == [1, 5]
-    judge, hits = judge_of(asked, pictures=20), Hits()
-    for some in judge.some(""):
-        hits.add("clean", judge.classifier(normalize(some.images)), some.label)
-        for name in ("gaussian_noise", "contrast"):
-            hits.add(name, judge.classifier(normalize(corrupt(some.images, some.number, name, 5, 0))), some.label)
-    assert result["clean_top1"] == pytest.approx(hits.top1("clean"))
-    for name in ("gaussian_noise", "contrast"):
-        assert result["top1"][name][1] == pytest.approx(hits.top1(name), abs=0.01)
-    assert "figures" in result
-
-
-def published(data: Path, root: Path, px: int) -> Iterator[tuple[Tensor, str]]:
-    """Writes one picture of four classes at every severity of contrast; each as it is read again, with its class."""
-    for severity in range(1, 6):
-        for source in [next(folder.iterdir()) for folder in sorted((data / "val").iterdir())[::3]]:
-            folder = root / "contrast" / str(severity) / source.parent.name
-            folder.mkdir(parents=True)
-            with Image.open(source) as picture:
-                pixels = picture.convert("RGB").resize((px, px))
-            pixels.save(folder / "one.JPEG", quality=90)
-            with Image.open(folder / "one.JPEG") as stored:
-                yield torch.from_numpy(np.array(stored)).permute(2, 0, 1)[None], source.parent.name
-
-
-def copied(run_dir: Path, folder: Path) -> Path:
-    """The run alone, without results."""
-    folder.mkdir()
-    for name in ("config.json", "last.pt"):
-        (folder / name).write_bytes((run_dir / name).read_bytes())
-    return folder
-
-
-def test_the_published_pictures_are_asked_about_as_they_are(asked: Path, independent: Independent, data: Path, tmp_path: Path) -> None:
-    """By a head fitted at their size, though the run's own is 32 px; the head of that size is kept."""
-    run_dir, names, right = copied(asked, tmp_path / "copy"), judge_of(asked).class_names, []
-    ((_, x, label),) = independent.batches("train", 224)
-    probe = fit_probe(independent.encoder(x)[0], label)
-    for images, name in published(data, tmp_path / "c", 224):
-        right.append(probe.logits(independent.encoder(normalize(images))[0]).argmax().item() == names.index(name))
-    ask(run_dir, "--imagenet-c", str(tmp_path / "c"), families=("imagenet-c", "internal"))
-    result = found(run_dir, "imagenet-c")
-    assert result["mean_top1"] == pytest.approx(100 * np.mean(right), abs=0.01)
-    assert (result["protocol"]["px"], result["protocol"]["view"]) == (224, "the whole picture as published, 224 px")
-    assert (result["protocol"]["probe"]["px"], result["protocol"]["probe"]["centre_frac"]) == (224, 0.875)
-    assert found(run_dir, "internal") | {"time": ""} == found(asked, "internal") | {"time": "", "run": "copy"}
-    assert {path.name for path in (run_dir / "robustness").glob("*.pt")} == {"probe.pt", "probe-224px.pt"}
-
-
-def test_another_size_is_that_of_all_families(asked: Path, independent: Independent, tmp_path: Path) -> None:
-    run_dir = copied(asked, tmp_path / "copy")
-    ask(run_dir, "--px", "48", families=("internal",))
-    ((_, x, label),) = independent.batches("train", 48)
-    probe = fit_probe(independent.encoder(x)[0], label)
-    assert found(run_dir, "internal")["clean_top1"] == pytest.approx(percent(probe.logits(independent.encoder(x)[0]), label), abs=0.01)
-    assert (found(run_dir, "internal")["protocol"]["px"], found(run_dir, "internal")["protocol"]["probe"]["px"]) == (48, 48)
-
-
-def test_the_published_pictures_are_resized_whole_where_a_size_is_given(asked: Path, data: Path, tmp_path: Path) -> None:
-    judge, hits = judge_of(asked), Hits()
-    for images, name in published(data, tmp_path, 32):
-        hits.add("all", judge.classifier(normalize(images)), torch.tensor([judge.class_names.index(name)]))
-    with pytest.raises(ValueError, match=r"one\.JPEG: 32 x 32 px, the published ones have 224: --px N"):
-        ask(asked, "--imagenet-c", str(tmp_path), families=("imagenet-c",))
-    ask(asked, "--imagenet-c", str(tmp_path), "--px", "32", families=("internal",))
-    result = found(asked, "imagenet-c")
-    assert result["pictures"] == 20
-    assert (result["protocol"]["px"], result["protocol"]["view"]) == (32, "the whole picture resized to 32 px")
-    assert result["mean_top1"] == pytest.approx(hits.top1("all"))
-    assert (result["protocol"]["split"], result["protocol"]["imagenet_c"]) == ("ImageNet-C", str(tmp_path))
 
 
 # ------------------------------------------------------------------------------------------------- mistakes

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_train import TINY, assert_same_run, complaint, finished, metrics, run  # noqa: F401  (finished is a fixture)
+from test_train import assert_same_run, finished, run  # noqa: F401  (finished is a fixture)
 
 from cossl.models import run_folder
 from cossl.models.run_status import REQUEUE_EXIT_CODE
