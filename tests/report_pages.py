@@ -56,7 +56,7 @@ def picture(path: Path, colour: str = "red", size: tuple[int, int] = (60, 40)) -
 
 
 def make_run(path: Path, **files: Any) -> Path:
-    """A finished run; `files` are JSON, text or bytes by name, as in eval__knn="...", None for one that is not there; results are sealed."""
+    """A finished run; `files` are JSON, text or bytes by name, as in eval__knn="...", None for one that is not there."""
     lines = "".join(json.dumps(record(step)) + "\n" for step in range(10, 110, 10)) + '{"step": 100, "epoch": 2.0, "knn_top1": 55.5}\n'
     there = {"config": DEMO | {"epochs": 2, "run_dir": str(path)}, "results": RESULTS, "environment": [START], "metrics": lines}
     for name, content in (there | {"eval__knn": result()} | files).items():

@@ -100,7 +100,7 @@ MEASURES = {"images_per_s": "images/s", "seconds": "seconds since the last start
 def results_section(told: Sequence[Told]) -> Html:
     """The trainer's own evaluation; several runs are columns."""
     if len(told) == 1 and not told[0].results:
-        return section("Results", tag("p", "No results yet: the run is not finished, or results.json is missing or damaged.", class_="note"))
+        return section("Results", tag("p", "No results yet: the run is not finished, or results.json is damaged.", class_="note"))
     measures = {key: name for key, name in MEASURES.items() if any(key in one.results for one in told)}
     if len(told) == 1:
         results = told[0].results
