@@ -21,12 +21,13 @@ WEIGHTS = "backbone.safetensors"
 class Encoder(nn.Module):
     """The online network's backbone, pooling and MLP after it, frozen, in eval mode; with its heads, but for an export without them.
 
-    `config` is the run's flat config, or what an export keeps of it; `step` is how far the run was, None if the file does not say.
+    `config` is the run's flat config, or what an export keeps of it; `step` is how far the run was, None if the file does not say;
+    `source` the name of the file that was read, and why newer ones were passed over: "previous.pt, as last.pt is ...".
     """
 
-    def __init__(self, network: Network, config: dict[str, Any], step: int | None = None) -> None:
+    def __init__(self, network: Network, config: dict[str, Any], step: int | None = None, source: str = "") -> None:
         super().__init__()
-        self.network, self.config, self.step = network, config, step
+        self.network, self.config, self.step, self.source = network, config, step, source
         self.eval().requires_grad_(False)
 
     def forward(self, x: Float[Tensor, "b 3 s s"]) -> tuple[Float[Tensor, "b c"], Float[Tensor, "b c n n"]]:
@@ -41,6 +42,13 @@ class Encoder(nn.Module):
         """The global vectors alone."""
         return self(x)[0]
 
+    def digest(self) -> str:
+        """16 hexadecimal digits that tell its weights from any others."""
+        digest = hashlib.sha256()
+        for tensor in self.state_dict().values():
+            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
+
     def train(self, mode: bool = True) -> Encoder:
         """Stays in eval mode: its batch norms keep the statistics they were trained with. To train it, use `.network`."""
         return super().train(False)
@@ -52,7 +60,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Encoder:
     Reads tensors and plain values only: nothing in a file is executed. Of a run's folder the newest whole checkpoint counts.
     """
     path = Path(path)
-    exported = (path / WEIGHTS).exists()
+    exported, source = (path / WEIGHTS).exists(), path.name
     if exported:
         config, weights, step = _exported(path)
     elif path.is_dir() and not checkpoint.exists(path):
@@ -60,7 +68,10 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Encoder:
             f"{path} holds neither a checkpoint nor an export: give a run's folder, a checkpoint, or what `cossl export` wrote"
         )
     else:
-        state = checkpoint.newest(path)[0] if path.is_dir() else checkpoint.load(path, "give a run's folder or one of its checkpoints")
+        if path.is_dir():
+            state, source = checkpoint.newest(path)
+        else:
+            state = checkpoint.load(path, "give a run's folder or one of its checkpoints")
         config, weights = of_checkpoint(state, path)
         step = state.get("step")
     try:
@@ -68,7 +79,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Encoder:
     except (ValueError, RuntimeError, TypeError, ArithmeticError) as error:  # torch's answers to sizes that no tensor can have
         said = [line.strip() for line in str(error).splitlines() if not line.startswith("Error(s) in loading")]
         raise ValueError(f"{path} does not fit its own config: {said[0]:.200}") from error
-    return Encoder(network, config, step).to(device).to(memory_format=torch.channels_last)
+    return Encoder(network, config, step, source).to(device).to(memory_format=torch.channels_last)
 
 
 def of_checkpoint(state: dict[str, Any], path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

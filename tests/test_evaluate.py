@@ -31,8 +31,9 @@ from cossl.pipelines.torch_loader import TorchLoader
 from cossl.pipelines.views import evaluation
 from cossl.tools import eval_features, eval_figures, eval_linear
 from cossl.tools.eval_datasets import DATASETS
-from cossl.tools.eval_features import DiskKeeper, Subject, dataset_set, features, folder_set
+from cossl.tools.eval_features import DiskKeeper, Subject, features
 from cossl.tools.eval_linear import groups, per_class
+from cossl.tools.eval_pictures import dataset_set, folder_set
 from cossl.tools.evaluate import TASKS, EvalArgs, eval_main
 from cossl.tools.opened import open_run
 from cossl.train import Config, build, demo
@@ -146,7 +147,7 @@ def test_best_is_not_chosen_by_val(run: Path, pictures: Path, tmp_path: Path) ->
         (tmp_path / "turned" / "val" / name).symlink_to(pictures / "val" / other)
     for data in (pictures, tmp_path / "turned"):
         eval_main([str(run), *SMALL, "--tasks", "linear", "--data", str(data)])
-    one, other = (result(run, f"linear-{data.name}")["features"]["global"] for data in (pictures, tmp_path / "turned"))
+    one, other = (result(run, name)["features"]["global"] for name in ("linear", "linear-turned"))
     assert one["grid_held_out"] == other["grid_held_out"]
     assert (one["base_lr"], one["weight_decay"]) == (other["base_lr"], other["weight_decay"])
     assert one["top1_of_class"] != other["top1_of_class"]
@@ -185,18 +186,28 @@ def test_what_has_its_result_is_skipped_until_something_changes(
     eval_main(start)
     assert capsys.readouterr().out.count("done before; --redo does it again") == 2
     eval_main([*start, "--epochs", "2"])  # the probe alone, on the vectors that are kept
-    assert times["knn"] == (run / "eval" / "knn.json").stat().st_mtime_ns
-    assert result(run, "linear")["protocol"]["epochs"] == 2
-    eval_main([*start, "--epochs", "2", "--redo"])
+    assert times == {name: (run / "eval" / f"{name}.json").stat().st_mtime_ns for name in ("knn", "linear")}
+    (other,) = (run / "eval").glob("linear-????????.json")  # beside the one of other settings
+    assert json.loads(other.read_text())["protocol"]["epochs"] == 2
+    (run / "eval" / "linear-global.pt").unlink()  # of what it names something is missing
+    capsys.readouterr()
+    eval_main(start)
+    assert capsys.readouterr().out.count("done before") == 1
+    with pytest.raises(AssertionError, match="the network ran"):
+        eval_main([*start, "--redo"])
+    monkeypatch.undo()
+    monkeypatch.setattr(eval_linear, "draw", lambda *_: [])
+    eval_main([*start, "--redo"])
+    monkeypatch.setattr(eval_features, "extract", forbid)
     assert times["knn"] < (run / "eval" / "knn.json").stat().st_mtime_ns
-    make_run(run, Path(result(run, "knn")["protocol"]["pictures"]["data"]), step=8)
+    make_run(run, Path(result(run, "knn")["protocol"]["pictures"]["data"]), seed=1)
     with pytest.raises(AssertionError, match="the network ran"):
         eval_main(start)
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "empty", "other"])
 def test_a_damaged_cache_is_said_and_made_again(run: Path, capsys: pytest.CaptureFixture[str], harm: str) -> None:
-    start = [str(run), *SMALL, "--tasks", "knn", "--redo"]
+    start = [str(run), *SMALL, "--tasks", "knn"]
     eval_main(start)
     before, (path,) = result(run, "knn")["table"], (run / "eval" / "cache").glob("train-global-*.pt")
     content = path.read_bytes()
@@ -205,6 +216,7 @@ def test_a_damaged_cache_is_said_and_made_again(run: Path, capsys: pytest.Captur
         checkpoint.write(path, {"key": {}, "content": torch.zeros(1)})
     else:
         path.write_bytes({"flip": content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :], "cut": content[:at], "empty": b""}[harm])
+    (run / "eval" / "knn.json").unlink()
     capsys.readouterr()
     eval_main(start)
     assert f"{path.name} in {path.parent} is damaged: made again" in capsys.readouterr().err
@@ -258,12 +270,12 @@ def test_streamed_probes_are_those_in_memory(run: Path, capsys: pytest.CaptureFi
     """All pictures in one batch, so that their order is none."""
     start = [str(run), *SMALL, "--tasks", "linear", "--epochs", "1", "--batch-size", "80", "--features", "global", "position"]
     found = []
-    for memory in ("16", "0.0006"):
+    for memory in ("16", "1e-6"):
         eval_main([*start, "--memory-gib", memory, "--out", str(run / memory)])
         found.append(json.loads((run / memory / "linear.json").read_text()))
     assert "the network runs in every epoch" in capsys.readouterr().err
-    assert [each["vectors"] for each in found] == ["kept in memory", "computed in every epoch"]
-    weights = [torch.load(run / memory / "linear-position.pt", weights_only=True)["content"]["weight"] for memory in ("16", "0.0006")]
+    assert [{one["vectors"] for one in each["features"].values()} for each in found] == [{"kept in memory"}, {"computed in every epoch"}]
+    weights = [torch.load(run / memory / "linear-position.pt", weights_only=True)["content"]["weight"] for memory in ("16", "1e-6")]
     rows = [{each["base_lr"] for each in one["features"]["position"]["chosen"]} for one in found]
     assert rows[0] == rows[1]
     same = (weights[0] - weights[1]).abs().amax((1, 2)) < 1e-2 * weights[0].abs().amax()
@@ -286,7 +298,7 @@ def test_augmented_views_are_new_in_every_epoch(run: Path, monkeypatch: pytest.M
     assert not torch.equal(trained[0].sort(0).values, trained[1].sort(0).values)
     found = result(run, "linear")
     assert found["protocol"]["augment"] is True
-    assert found["vectors"] == "computed in every epoch"
+    assert found["features"]["global"]["vectors"] == "computed in every epoch"
 
 
 def test_groups_fit_into_the_memory_and_lose_no_place() -> None:
@@ -307,7 +319,7 @@ def test_groups_fit_into_the_memory_and_lose_no_place() -> None:
 def test_few_shot_vectors_are_those_of_the_few(run: Path, pictures: Path) -> None:
     opened = open_run(run, "cpu")
     set_ = folder_set(pictures, opened.config.loader)
-    subject = Subject(opened, set_, run / "last.pt", PX, 0.875, 0, run / "cache")
+    subject = Subject(opened, set_, PX, 0.875, 0, run / "cache")
     few = few_shot(set_.labels["train"], 0.3, 0)
     some, whole = eval_features.extract(subject, "train", ["global"], few), features(subject, "train", ["global"])
     torch.testing.assert_close(some["global"], whole["global"][:, few], rtol=1e-4, atol=1e-5)  # fewer at once round otherwise
@@ -319,7 +331,7 @@ def test_few_shot_vectors_are_those_of_the_few(run: Path, pictures: Path) -> Non
 def test_a_beton_gives_what_its_folder_gives(run: Path, pictures: Path, betons: Path) -> None:
     for data in (pictures, betons):
         eval_main([str(run), *SMALL, "--tasks", "knn", "--data", str(data)])
-    one, other = (result(run, f"knn-{data.name}")["table"] for data in (pictures, betons))
+    one, other = (result(run, name)["table"] for name in ("knn", f"knn-{betons.name}"))
     assert one == other
 
 
@@ -351,7 +363,7 @@ def test_a_torchvision_set_is_cut_and_seen_as_a_folder_is(run: Path, tmp_path: P
     found = []
     for pictures in (dataset_set("dtd", tmp_path), folder_set(tmp_path / "folder", opened.config.loader)):
         assert pictures.class_names == ("banded", "dotted", "woven")
-        subject = Subject(opened, pictures, run / "last.pt", PX, 0.875, 0, tmp_path / "cache")
+        subject = Subject(opened, pictures, PX, 0.875, 0, tmp_path / "cache")
         x, y = features(subject, "train", ["global"])["global"][0], pictures.labels["train"]
         order = np.lexsort((*x.numpy().T, y.numpy()))
         found.append((x[order], y[order]))
@@ -382,7 +394,7 @@ def work(rank: int, folder: Path, run: Path, pictures: Path) -> None:
     distributed.init_process_group("gloo", f"file://{folder}/store", limit, world_size=2, rank=rank)
     opened = open_run(run, "cpu")
     ranks = current_ranks()
-    subject = Subject(opened, folder_set(pictures, opened.config.loader), run / "last.pt", PX, 0.875, 0, folder / "cache", ranks)
+    subject = Subject(opened, folder_set(pictures, opened.config.loader), PX, 0.875, 0, folder / "cache", ranks)
     train, val = (features(subject, split, ["global"])["global"][0] for split in ("train", "val"))
     again = features(subject, "train", ["global"])["global"][0]
     tops = knn_top1s(train, subject.pictures.labels["train"], val, subject.pictures.labels["val"], (1, 5, 20), (0.07, 1.0), ranks)
@@ -396,15 +408,16 @@ def probed(subject: Subject, out: Path) -> dict[str, Any]:
     found = {}
     for name, memory_gib in (("kept", 1.0), ("streamed", 1e-9)):
         result = eval_linear.linear(subject, settings, ["global", "position"], name, out, memory_gib)
-        found[name] = {key: value for key, value in result.items() if key != "figures"}
-    assert found["kept"].pop("vectors") != found["streamed"].pop("vectors")
+        found[name] = {key: value for key, value in result.items() if key not in ("figures", "weights")}
+    vectors = ({one.pop("vectors") for one in each["features"].values()} for each in found.values())
+    assert list(vectors) == [{"kept in memory"}, {"computed in every epoch"}]
     return found
 
 
 def test_two_processes_find_what_one_finds(run: Path, pictures: Path, tmp_path: Path) -> None:
     opened = open_run(run, "cpu")
     set_ = folder_set(pictures, opened.config.loader)
-    subject = Subject(opened, set_, run / "last.pt", PX, 0.875, 0, tmp_path / "own")
+    subject = Subject(opened, set_, PX, 0.875, 0, tmp_path / "own")
     train, val = (features(subject, split, ["global"])["global"][0] for split in ("train", "val"))
     expected = knn_top1s(train, set_.labels["train"], val, set_.labels["val"], (1, 5, 20), (0.07, 1.0))
     (tmp_path / "alone").mkdir()

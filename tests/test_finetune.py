@@ -28,8 +28,9 @@ from cossl.pipelines.batch import LoaderSpec
 from cossl.pipelines.torch_loader import TorchLoader
 from cossl.pipelines.views import ViewSpec, evaluation
 from cossl.tools import eval_finetune
-from cossl.tools.eval_features import DiskKeeper, Subject, folder_set
+from cossl.tools.eval_features import DiskKeeper, Subject
 from cossl.tools.eval_finetune import FinetuneArgs, FinetuneSettings, Trainer, choose, finetune, parts_of
+from cossl.tools.eval_pictures import folder_set
 from cossl.tools.evaluate import eval_main
 from cossl.tools.opened import open_run
 
@@ -57,7 +58,7 @@ def run(tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 def subject_of(run: Path, data: Path, cache: Path, ranks: Ranks | None = None) -> Subject:
     opened = open_run(run, "cpu")
-    subject = Subject(opened, folder_set(data, opened.config.loader), run / "last.pt", PX, 0.875, 0, cache)
+    subject = Subject(opened, folder_set(data, opened.config.loader), PX, 0.875, 0, cache)
     return subject if ranks is None else subject._replace(ranks=ranks)
 
 
@@ -160,11 +161,11 @@ def test_rate_is_chosen_on_the_held_out_part_and_never_by_val(run: Path, picture
         (tmp_path / "turned" / "val" / name).symlink_to(pictures / "val" / other)
     for data in (pictures, tmp_path / "turned"):
         eval_main([str(run), *FLAGS, "--data", str(data)])
-    one, other = (result(run, f"finetune-{data.name}") for data in (pictures, tmp_path / "turned"))
+    one, other = (result(run, name) for name in ("finetune", "finetune-turned"))
     assert one["grid_held_out"] == other["grid_held_out"]
     assert one["lr"] == other["lr"]
     assert one["top1_of_class"] != other["top1_of_class"]
-    first, second = (tuned(run / "eval" / f"finetune-{data.name}.pt") for data in (pictures, tmp_path / "turned"))
+    first, second = (tuned(run / "eval" / f"{name}.pt") for name in ("finetune", "finetune-turned"))
     assert all(torch.equal(value, second["network"][key]) for key, value in first["network"].items())
 
 

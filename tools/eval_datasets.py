@@ -59,6 +59,11 @@ class DatasetPictures:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def folders(self) -> set[Path]:
+        """Where its files lie, for each of its parts."""
+        return {Path(getattr(part, "_base_folder", None) or Path(part.root) / part.base_folder) for part in self.parts}
+
     def open(self, index: int) -> Image.Image:
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self.parts[part][index - int(self._starts[part])][0].convert("RGB")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import itertools
-import json
+import re
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,16 +23,16 @@ from cossl.models.launch import first_rank, say
 from cossl.models.linear_probe import Batch, Feed, Scale
 from cossl.models.load import Encoder
 from cossl.models.parallel import ALONE, Ranks, current_ranks
-from cossl.models.run_status import checkpoints
-from cossl.pipelines import LoaderConfig, find_split, make_loader
 from cossl.pipelines.augment import normalize
 from cossl.pipelines.batch import Loader, LoaderSpec, to_device
-from cossl.pipelines.torch_loader import Pictures, TorchLoader
 from cossl.pipelines.views import ViewSpec, evaluation
+from cossl.tools.eval_pictures import PictureSet, digest
 from cossl.tools.opened import Opened
 from cossl.train import EVAL_BATCH
 
 FEATURES = ("global", "local_mean", "position")
+VERSION = 1
+"""Of the vectors and of what is made of them: raised with each change of decoding, cutting, network or protocol that moves a number."""
 PIXELS = "pixels"
 """The floor: `probe.pixels`."""
 
@@ -46,77 +46,6 @@ Vectors = dict[str, Float[Tensor, "p n c"]]
 """By feature, of n pictures at p places: 1, or for `position` all of the map, row by row."""
 
 
-class PictureSet(NamedTuple):
-    """Pictures of a train and a val split with the same classes, from wherever they come."""
-
-    name: str
-    identity: dict[str, Any]
-    """What tells it from another set, or from itself before it was changed: plain values."""
-    class_names: tuple[str, ...]
-    labels: dict[str, Int[Tensor, " n"]]
-    """Of all pictures of a split in order."""
-    open: Callable[[str, LoaderSpec], Loader]
-
-
-def folder_set(data: Path, how: LoaderConfig) -> PictureSet:
-    """The pictures of a folder with train.beton and val.beton, or with image folders train/ and val/."""
-    backend = "auto" if how.backend == "synthetic" else how.backend
-
-    def open_(split: str, spec: LoaderSpec) -> Loader:
-        return make_loader(backend, find_split(data, split, backend), spec)
-
-    sources = {split: find_split(data, split, backend) for split in ("train", "val")}
-    marks = {split: [_mark(path) for path in _changing(source)] for split, source in sources.items()}
-    return _picture_set(data.resolve().name, {"data": str(data.resolve()), "files": digest(marks)}, open_)
-
-
-def _changing(source: Path) -> list[Path]:
-    """What has another size or time when pictures are added or removed."""
-    return [source] if source.is_file() else [source, *sorted(path for path in source.iterdir() if path.is_dir())]
-
-
-def _mark(path: Path) -> list[Any]:
-    state = path.stat()
-    return [path.name, state.st_size, state.st_mtime_ns]
-
-
-def dataset_set(name: str, root: Path) -> PictureSet:
-    """The pictures of one of torchvision's datasets, which the user has below `root`. FileNotFoundError of one line if not."""
-    sets = {split: _torchvision(name, root, split) for split in ("train", "val")}
-
-    def open_(split: str, spec: LoaderSpec) -> Loader:
-        return TorchLoader(sets[split], spec)
-
-    labels = {split: hashlib.sha256(pictures.labels.tobytes()).hexdigest() for split, pictures in sets.items()}
-    return _picture_set(name, {"dataset": name, "labels": digest(labels)}, open_)
-
-
-def _torchvision(name: str, root: Path, split: str) -> Pictures:
-    from cossl.tools.eval_datasets import DATASETS, DatasetPictures
-
-    return DatasetPictures(name, DATASETS[name][split], root)
-
-
-def _picture_set(name: str, identity: dict[str, Any], open_: Callable[[str, LoaderSpec], Loader]) -> PictureSet:
-    names, labels = {}, {}
-    for split in ("train", "val"):
-        loader: Any = open_(split, LoaderSpec(evaluation(32), 1, workers=0, shuffle=False))
-        source = loader.pictures if hasattr(loader, "pictures") else loader.beton
-        names[split], labels[split] = loader.class_names, torch.as_tensor(source.labels, dtype=torch.int64)
-        loader.close()
-    if names["train"] != names["val"]:
-        raise ValueError(f"{name}: train and val have different classes")
-    if len(names["val"]) < 2:
-        raise ValueError(f"{name}: pictures of {len(names['val'])} class, expected 2 or more")
-    counts = {split: len(each) for split, each in labels.items()}
-    return PictureSet(name, identity | {"counts": counts, "classes": digest(names["train"])}, names["train"], labels, open_)
-
-
-def digest(value: Any) -> str:
-    """16 hexadecimal digits of plain values."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
 # ------------------------------------------------------------------------------------------------- a run on a picture set
 
 
@@ -125,7 +54,6 @@ class Subject(NamedTuple):
 
     run: Opened
     pictures: PictureSet
-    checkpoint: Path
     px: int
     centre_frac: float
     workers: int
@@ -134,8 +62,8 @@ class Subject(NamedTuple):
 
     def key(self) -> dict[str, Any]:
         """What the vectors depend on: plain values."""
-        network = {"checkpoint": _mark(self.checkpoint), "step": self.run.encoder.step}
-        return network | {"pictures": self.pictures.identity, "px": self.px, "centre_frac": self.centre_frac}
+        cut = {"px": self.px, "centre_frac": self.centre_frac}
+        return {"version": VERSION, "weights": self.run.weights, "pictures": self.pictures.identity} | cut
 
     def open(
         self,
@@ -157,11 +85,6 @@ class Subject(NamedTuple):
 def crop_and_flip(px: int) -> ViewSpec:
     """The usual augmentation of a linear probe: a random crop of 8 to 100 % of the picture, flipped half of the time."""
     return ViewSpec(px, jitter_p=0, grayscale_p=0)
-
-
-def checkpoint_path(run_dir: Path, name: str) -> Path:
-    """The file asked for, else the newest."""
-    return run_dir / (name or next(iter(checkpoints(run_dir))))
 
 
 @torch.no_grad()
@@ -186,18 +109,30 @@ def gib(subject: Subject, sizes: dict[str, tuple[int, int]], split: str) -> floa
     return sum(p * c for p, c in sizes.values()) * len(subject.pictures.labels[split]) * 4 / 2**30
 
 
+def fitting(sizes: Mapping[str, float], memory_gib: float) -> list[list[str]]:
+    """The features of these GiB in parts that fit into the memory; those that do not fit by themselves are one part, the last."""
+    parts, left = [list[str]()], memory_gib
+    for name in (name for name, size in sizes.items() if size <= memory_gib):
+        if sizes[name] > left:
+            parts.append([])
+            left = memory_gib
+        parts[-1].append(name)
+        left -= sizes[name]
+    too_large = [name for name, size in sizes.items() if size > memory_gib]
+    return [part for part in (*parts, too_large) if part]
+
+
 def extract(subject: Subject, split: str, names: Collection[str], keep: Bool[Tensor, " n"] | None = None) -> Vectors:
     """The vectors of all pictures of a split in order, or of those to `keep`, on the CPU; every rank has to call it and gets them all."""
-    loader, device, count = subject.open(split), subject.run.device, len(subject.pictures.labels[split])
-    row = torch.arange(count) if keep is None else (keep.cumsum(0) - 1).masked_fill(~keep, -1)
+    rows = None if keep is None else keep.nonzero()[:, 0].numpy()
+    loader, device, count = subject.open(split, subset=rows), subject.run.device, len(subject.pictures.labels[split])
+    row = torch.arange(count) if keep is None else keep.cumsum(0) - 1
     found = {name: torch.zeros(p, int(row.max()) + 1, c) for name, (p, c) in shapes(subject, names).items()}
     silent = subject.ranks.rank > 0 or not sys.stderr.isatty()
     for batch in tqdm(to_device(loader.epoch(0), device), total=len(loader), desc=f"features of {split}", disable=silent, leave=False):
-        at = row[batch.index.cpu()]
-        if (wanted := at >= 0).any():
-            (images,) = batch.split()
-            for name, x in represent(subject.run.encoder, images if wanted.all() else images[wanted.to(device)], names).items():
-                found[name][:, at[wanted]] = x.cpu()
+        (images,) = batch.split()
+        for name, x in represent(subject.run.encoder, images, names).items():
+            found[name][:, row[batch.index.cpu()]] = x.cpu()
     loader.close()
     if subject.ranks.world_size > 1:
         for x in found.values():
@@ -210,7 +145,7 @@ def extract(subject: Subject, split: str, names: Collection[str], keep: Bool[Ten
 
 def features(subject: Subject, split: str, names: Collection[str]) -> Vectors:
     """The vectors of a split, from the cache or into it. Every rank has to call it. A damaged file is said and made again."""
-    files = {name: (subject.cache / f"{split}-{name}-{digest(key)}.pt", key) for name in names for key in [_key(subject, split, name)]}
+    files = {name: (_path(subject, split, name), _key(subject, split, name)) for name in names}
     found = {name: x for name in names if (x := kept(*files[name])) is not None} if subject.ranks.rank == 0 else {}
     have = first_rank(lambda: list(found))
     if subject.ranks.rank:
@@ -220,13 +155,26 @@ def features(subject: Subject, split: str, names: Collection[str]) -> Vectors:
     if missing := [name for name in names if name not in have]:
         found |= extract(subject, split, missing)
         for name in missing if subject.ranks.rank == 0 else ():
-            keep(*files[name], found[name])
+            path, key = files[name]
+            for older in subject.cache.glob(f"{path.name.rpartition('-')[0]}-*.pt"):  # of other weights, or of pictures as they were
+                older.unlink(missing_ok=True)
+            keep(path, key, found[name])
     return {name: found[name] for name in names}
+
+
+def _path(subject: Subject, split: str, name: str) -> Path:
+    """By pictures and cut, and by all: so that those of earlier weights are found."""
+    key = _key(subject, split, name)
+    return subject.cache / f"{split}-{name}-{digest([subject.pictures.name, subject.px, subject.centre_frac])}-{digest(key)}.pt"
 
 
 def _key(subject: Subject, split: str, name: str) -> dict[str, Any]:
     key = subject.key() | {"split": split, "feature": name}
-    return {at: value for at, value in key.items() if name != PIXELS or at not in ("checkpoint", "step")}
+    return {at: value for at, value in key.items() if name != PIXELS or at != "weights"}
+
+
+KEPT = re.compile(r"((train|val)-[a-z_]+|heads)-[0-9a-f]{16}(-[\w-]+)?\.pt")
+"""The names of what is kept between two calls."""
 
 
 def kept(path: Path, key: dict[str, Any]) -> Any:
@@ -243,13 +191,24 @@ def kept(path: Path, key: dict[str, Any]) -> Any:
     return None
 
 
-def keep(path: Path, key: dict[str, Any], content: Any) -> None:
-    """Writes it whole or not at all; where the disk is full it says so and goes on without."""
+def keep(path: Path, key: dict[str, Any], content: Any) -> bool:
+    """Writes it whole or not at all; where the disk is full it says so and goes on without. Whether it was written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.write(path, {"key": key, "content": content})
+        return True
     except OSError as error:
         say(f"not kept for the next time: {error}", file=sys.stderr)
+        return False
+
+
+def forget(cache: Path, trained: bool = True) -> None:
+    """Removes the vectors from a cache, half-trained networks too if asked, and the folder where it is empty then; other files stay."""
+    for path in cache.glob("*.pt"):
+        if KEPT.fullmatch(path.name) and (trained or not path.name.startswith("heads-")):
+            path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        cache.rmdir()
 
 
 class DiskKeeper:
@@ -359,16 +318,18 @@ def streamed_feed(
         for x, y in joint_vectors(subject, loader, batch_size, number, names, wanted):
             yield {name: scales[name](each) for name, each in x.items()}, y
 
-    def whole(split: str, wanted: Bool[Tensor, " n"] | None) -> Iterator[Batch]:
-        loader = subject.open(split)
-        yield from scaled(loader, EVAL_BATCH, 0, wanted)
+    def whole(split: str, rows: Int[np.ndarray, " n"] | None) -> Iterator[Batch]:
+        loader = subject.open(split, subset=rows)
+        yield from scaled(loader, EVAL_BATCH, 0, None)
         loader.close()
 
     shuffled = subject.open("train", size, seed, augment)
-    trained = ~out if held.any() else None
-    return Feed(
-        len(shuffled), lambda number: scaled(shuffled, size, number, trained), lambda: whole("train", out), lambda: whole("val", None)
-    )
+    trained, judged = (~out, held.nonzero()[:, 0].numpy()) if held.any() else (None, None)
+
+    def epoch(number: int) -> Iterator[Batch]:
+        return scaled(shuffled, size, number, trained)
+
+    return Feed(len(shuffled), epoch, lambda: whole("train", judged), lambda: whole("val", None))
 
 
 def shared_batch(subject: Subject, batch_size: int) -> int:

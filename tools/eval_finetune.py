@@ -305,8 +305,8 @@ def finetune(subject: Subject, settings: FinetuneSettings, name: str, out: Path)
     found = search(trainer, parts)
     one = summary(found, parts, settings, subject.pictures.class_names)
     figures: list[str] = []
+    one["weights"] = [f"{name}.pt"] * first_rank(lambda: keep(out / f"{name}.pt", {"finetuned": name}, weights(trainer, one)))
     if subject.ranks.rank == 0:
-        keep(out / f"{name}.pt", {"finetuned": name}, weights(trainer, one))
         figures = draw(found, one, subject.pictures.class_names, out, name)
         trainer.keeper.drop()
     if one["at_edge"] and settings.label_percent == 100:

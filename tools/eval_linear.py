@@ -27,6 +27,7 @@ from cossl.tools.eval_features import (
     cached_feed,
     extract,
     features,
+    fitting,
     gib,
     keep,
     label_of,
@@ -34,6 +35,7 @@ from cossl.tools.eval_features import (
     streamed_feed,
     streamed_scales,
 )
+from cossl.tools.eval_pictures import digest
 
 MOST_CONFUSED = 50
 
@@ -65,27 +67,40 @@ class ProbeSettings:
         return grid | how | chosen | rest | {"scale": "each feature to zero mean and deviation 1 / sqrt(c), by train"}
 
 
+def few_of(subject: Subject, settings: ProbeSettings) -> Bool[Tensor, " n"] | None:
+    """The training pictures whose labels are known; None is all."""
+    percent, labels = settings.label_percent, subject.pictures.labels["train"]
+    return few_shot(labels, percent / 100, settings.seed) if percent < 100 else None
+
+
+def shares(subject: Subject, settings: ProbeSettings, names: Sequence[str]) -> dict[str, float]:
+    """GiB of each feature's vectors, of the training pictures whose labels are known and of val."""
+    few, sizes = few_of(subject, settings), shapes(subject, names)
+    known = 1.0 if few is None else float(few.double().mean())
+    return {name: known * gib(subject, {name: size}, "train") + gib(subject, {name: size}, "val") for name, size in sizes.items()}
+
+
 class Data:
     """The vectors that one search needs, in memory or streamed, and how they are scaled."""
 
     def __init__(self, subject: Subject, settings: ProbeSettings, names: Sequence[str], memory_gib: float) -> None:
         self.subject, self.settings, self.names = subject, settings, list(names)
         self.sizes = shapes(subject, names)
-        y = subject.pictures.labels
-        few = few_shot(y["train"], settings.label_percent / 100, settings.seed) if settings.label_percent < 100 else None
+        y, few = subject.pictures.labels, few_of(subject, settings)
         self.y = {"train": y["train"] if few is None else y["train"][few], "val": y["val"]}
-        whole = [gib(subject, self.sizes, split) for split in ("train", "val")]
-        share = whole[0] * len(self.y["train"]) / len(y["train"]) + whole[1]
+        whole = sum(gib(subject, self.sizes, split) for split in ("train", "val"))
+        share = sum(shares(subject, settings, names).values())
         self.streamed = settings.augment or share > memory_gib
         self.x: dict[str, Vectors] = {}
         if self.streamed and few is not None:
             raise ValueError(f"the vectors of {settings.label_percent} % of train and of val take {share:.1f} GiB: raise --memory-gib")
         if self.streamed:
             if not settings.augment:
-                say(f"the vectors take {share:.1f} GiB, more than --memory-gib {memory_gib:g}: the network runs in every epoch", sys.stderr)
+                said = f"the vectors ({', '.join(names)}) take {share:.1f} GiB, more than --memory-gib {memory_gib:g}"
+                say(f"{said}: the network runs in every epoch", sys.stderr)
             self.scales = streamed_scales(subject, names, settings.seed)
             return
-        if few is None or sum(whole) <= memory_gib:
+        if few is None or whole <= memory_gib:
             train = features(subject, "train", names)
             self.x["train"] = train if few is None else {name: x[:, few] for name, x in train.items()}
         else:
@@ -170,7 +185,8 @@ def probes(data: Data, memory_gib: float, keeper: DiskKeeper) -> list[tuple[dict
         what = "probes" if len(parts) == 1 else f"probes, part {number + 1} of {len(parts)}"
         feed = with_bar(data.feed(places, held), how.epochs, what, ranks)
         whole = with_bar(data.feed(places, torch.zeros_like(held)), how.epochs, f"{what}, the best", ranks) if how.refit else None
-        found.append((places, search(feed, whole, grids, how.epochs, by, keeper, f"{number}-", ranks)))
+        stage = digest({name: [part.start, part.stop] for name, part in places.items()})
+        found.append((places, search(feed, whole, grids, how.epochs, by, keeper, f"{stage}-", ranks)))
     return found
 
 
@@ -182,27 +198,39 @@ def linear(subject: Subject, settings: ProbeSettings, names: Sequence[str], name
 
     Every rank has to call it; the first has the figures.
     """
-    data = Data(subject, settings, [*names, PIXELS], memory_gib)
-    keeper = DiskKeeper(subject.cache, subject.key() | settings.protocol() | {"features": [*names, PIXELS]})
-    found = probes(data, memory_gib, keeper)
-    rows: list[list[Any]] = []
-    content: dict[str, Any] = {"features": {}, "vectors": "computed in every epoch" if data.streamed else "kept in memory"}
+    sizes = shares(subject, settings, [*names, PIXELS])
+    content: dict[str, Any] = {"features": {}, "weights": []}
     figures: list[str] = []
-    for feature in data.names:
-        parts = [each[feature] for places, each in found if feature in places]
-        one = summary(parts, settings, data, feature)
-        content["features"][feature] = one
-        rows += table_rows(feature, one)
-        if feature != PIXELS and subject.ranks.rank == 0:
-            keep(out / f"{name}-{feature}.pt", {"features": feature}, weights(parts, data.scales[feature], subject))
-            figures += draw(parts, one, subject.pictures.class_names, out, f"{name}-{feature}")
+    keepers = []
+    for some in [list(sizes)] if settings.augment else fitting(sizes, memory_gib):
+        keepers.append(DiskKeeper(subject.cache, subject.key() | settings.protocol() | {"features": some}))
+        for feature, (one, heads, drawn) in probed(Data(subject, settings, some, memory_gib), keepers[-1], memory_gib, name, out).items():
+            content["features"][feature] = one
+            content["weights"] += heads
+            figures += drawn
+    for keeper in keepers if subject.ranks.rank == 0 else ():
+        keeper.drop()
+    rows = [row for feature in sizes for row in table_rows(feature, content["features"][feature])]
     edge = [label_of(each) for each, one in content["features"].items() if one["at_edge"]]
     if edge and settings.label_percent == 100:
         say(f"{name}: the best learning rate for {', '.join(edge)} is at the edge of --base-lrs: try wider", sys.stderr)
-    if subject.ranks.rank == 0:
-        keeper.drop()
     columns = ["features", "top-1 %", "top-5 %", "mean of classes %", "held-out top-1 %", "base lr", "weight decay"]
     return {"table": {"columns": columns, "rows": rows}, "figures": figures} | content
+
+
+def probed(
+    data: Data, keeper: DiskKeeper, memory_gib: float, name: str, out: Path
+) -> dict[str, tuple[dict[str, Any], list[str], list[str]]]:
+    """What is told of each feature; the first rank writes the files."""
+    subject, found, told = data.subject, probes(data, memory_gib, keeper), {}
+    for feature in data.names:
+        parts, stem = [each[feature] for places, each in found if feature in places], f"{name}-{feature}"
+        one = summary(parts, data.settings, data, feature) | {"vectors": "computed in every epoch" if data.streamed else "kept in memory"}
+        told[feature] = one, list[str](), list[str]()
+        if feature != PIXELS and subject.ranks.rank == 0:
+            written = keep(out / f"{stem}.pt", {"features": feature}, weights(parts, data.scales[feature], subject))
+            told[feature] = one, [f"{stem}.pt"] * written, draw(parts, one, subject.pictures.class_names, out, stem)
+    return told
 
 
 def summary(parts: list[Found], settings: ProbeSettings, data: Data, feature: str) -> dict[str, Any]:

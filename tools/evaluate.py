@@ -29,8 +29,8 @@ Examples:
 from __future__ import annotations
 
 import json
+import math
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -41,11 +41,12 @@ import tyro
 from tqdm import tqdm
 
 from cossl.models.flags import parse_flags
-from cossl.models.launch import first_rank, join, leave, say
+from cossl.models.launch import any_rank, first_rank, join, leave, say
 from cossl.models.probe import knn_top1s
-from cossl.tools.eval_features import PIXELS, PictureSet, Subject, checkpoint_path, dataset_set, features, folder_set, gib, label_of, shapes
+from cossl.tools.eval_features import PIXELS, VERSION, Subject, features, fitting, forget, gib, label_of, shapes
 from cossl.tools.eval_finetune import FinetuneArgs, FinetuneSettings, finetune
 from cossl.tools.eval_linear import ProbeSettings, linear
+from cossl.tools.eval_pictures import PictureSet, dataset_set, digest, folder_set
 from cossl.tools.opened import Opened, data_of, open_run, stamp, write_result
 
 FeatureName = Literal["global", "local_mean", "position"]
@@ -93,11 +94,11 @@ class EvalArgs:
     batch_size: int = 256
     """Pictures per step of the linear probes; of a smaller set all of it."""
 
-    base_lrs: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+    base_lrs: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
     """Learning rates of the probes, per 256 pictures, for vectors of zero mean and mean square length 1 (they are scaled to that)."""
 
-    weight_decays: tuple[float, ...] = (0.0, 1e-5, 1e-3)
-    """Weight decays, each with every learning rate."""
+    weight_decays: tuple[float, ...] = (0.0, 1e-6, 1e-5)
+    """Weight decays, each with every learning rate; for features of deviation 1 they are as many times larger as a vector has numbers."""
 
     held_out_frac: float = 0.1
     """Part of every class of train on which the best probe is chosen."""
@@ -129,7 +130,7 @@ class EvalArgs:
     """Folder of the results instead of <run>/eval."""
 
     redo: bool = False
-    """Do again what has a result with these settings."""
+    """Do again what has a result with these settings, the vectors too. A training that was killed goes on all the same."""
 
     keep_cache: bool = True
     """--no-keep-cache removes the vectors once all tasks are done."""
@@ -149,13 +150,13 @@ class EvalArgs:
             "px": 0,
         }.items():
             given = getattr(self, name)
-            if not all(value >= low for value in (given if isinstance(given, tuple) else (given,))) or given == ():
+            if not all(low <= value < math.inf for value in (given if isinstance(given, tuple) else (given,))) or given == ():
                 raise ValueError(f"--{name.replace('_', '-')} {given}: expected {low} or more")
-        if not self.tasks or not self.features or not self.temperature or min(self.temperature) <= 0:
+        if not self.tasks or not self.features or not self.temperature or not all(0 < each < math.inf for each in self.temperature):
             raise ValueError("--tasks, --features and --temperature: expected at least one of each, temperatures above 0")
         if not 0 < self.held_out_frac < 1:
             raise ValueError(f"--held-out-frac {self.held_out_frac}: expected more than 0 and less than 1")
-        if not 0 < self.centre_frac <= 1 or self.memory_gib <= 0:
+        if not 0 < self.centre_frac <= 1 or not 0 < self.memory_gib < math.inf:
             raise ValueError(f"--centre-frac {self.centre_frac}, --memory-gib {self.memory_gib}: expected 0 to 1, and more than 0")
         if (self.dataset is None) != (self.dataset_root is None) or (self.dataset and self.data):
             raise ValueError("--dataset and --dataset-root go together, without --data")
@@ -181,21 +182,30 @@ def knn_settings(args: EvalArgs) -> dict[str, Any]:
 def knn(subject: Subject, args: EvalArgs, name: str, out: Path) -> dict[str, Any]:
     """Every k and temperature for each feature that is one vector."""
     names = [*(each for each in args.features if each != "position"), PIXELS]
-    needed = sum(gib(subject, shapes(subject, names), split) for split in ("train", "val"))
-    if needed > args.memory_gib:
-        raise ValueError(f"the vectors of the kNN take {needed:.1f} GiB: raise --memory-gib, or give fewer --features")
+    if names == [PIXELS]:
+        raise ValueError("--tasks knn --features position: the kNN compares whole pictures, add global or local_mean, or leave it out")
+    sizes = {name: sum(gib(subject, {name: size}, split) for split in ("train", "val")) for name, size in shapes(subject, names).items()}
+    if (most := max(sizes.values())) > args.memory_gib:
+        raise ValueError(f"the vectors of the kNN take {most:.1f} GiB: raise --memory-gib")
+    tops: dict[str, dict[tuple[int, float], float]] = {}
+    for some in fitting(sizes, args.memory_gib):
+        tops |= _tops(subject, args, some)
+    rows = [[label_of(name), k, temperature, round(top, 2)] for name in names for (k, temperature), top in tops[name].items()]
+    return {"table": {"columns": ["features", "k", "temperature", "top-1 %"], "rows": rows}, "figures": []}
+
+
+def _tops(subject: Subject, args: EvalArgs, names: Sequence[str]) -> dict[str, dict[tuple[int, float], float]]:
     train, val = (features(subject, split, names) for split in ("train", "val"))
     device, (train_y, val_y) = subject.run.device, (y.to(subject.run.device) for y in subject.pictures.labels.values())
-    rows: list[list[Any]] = []
-    for each in names:
+    found = {}
+    for name in names:
 
-        def bar(parts: list[Any], what: str = f"kNN, {label_of(each)}") -> Iterable[Any]:
+        def bar(parts: list[Any], what: str = f"kNN, {label_of(name)}") -> Iterable[Any]:
             return tqdm(parts, desc=what, disable=subject.ranks.rank > 0 or not sys.stderr.isatty(), leave=False)
 
-        train_x, val_x = (x[each][0].to(device) for x in (train, val))
-        tops = knn_top1s(train_x, train_y, val_x, val_y, args.k, args.temperature, subject.ranks, bar)
-        rows += [[label_of(each), k, temperature, round(top, 2)] for (k, temperature), top in tops.items()]
-    return {"table": {"columns": ["features", "k", "temperature", "top-1 %"], "rows": rows}, "figures": []}
+        train_x, val_x = (x[name][0].to(device) for x in (train, val))
+        found[name] = knn_top1s(train_x, train_y, val_x, val_y, args.k, args.temperature, subject.ranks, bar)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------- linear probes
@@ -241,38 +251,60 @@ TASKS: dict[str, Task] = {
 
 
 def picture_set(run: Opened, args: EvalArgs) -> PictureSet:
-    """The pictures asked for, else those that the run was trained on."""
+    """The pictures asked for, else those that the run was trained on; for all ranks as the first one sees them."""
     if args.dataset is not None and args.dataset_root is not None:
-        return dataset_set(args.dataset, args.dataset_root)
-    return folder_set(data_of(run, args.data), run.config.loader)
+        pictures = dataset_set(args.dataset, args.dataset_root)
+    else:
+        pictures = folder_set(data_of(run, args.data), run.config.loader)
+    return pictures._replace(identity=first_rank(lambda: pictures.identity))
 
 
-def result_name(task: str, args: EvalArgs, pictures: PictureSet) -> str:
+def result_name(task: str, args: EvalArgs, run: Opened, pictures: PictureSet) -> str:
     """`linear`, and with what makes it another than the run's own: `linear-pets`, `linear-epoch-0050`."""
-    words = [task, pictures.name if args.data or args.dataset else "", Path(args.checkpoint).stem]
+    own = args.dataset is None and (args.data is None or (run.config.data is not None and args.data.resolve() == run.config.data.resolve()))
+    words = [task, "" if own else pictures.name, Path(args.checkpoint).stem]
     return "-".join(re.sub(r"[^\w.+-]+", "_", word) for word in words if word)
+
+
+NETWORK = ("checkpoint", "step", "weights")
+"""What of a protocol tells how far the run was."""
 
 
 def protocol_of(task: Task, subject: Subject, args: EvalArgs) -> dict[str, Any]:
     """All that a result of this task depends on, as JSON gives it back."""
-    network = {
-        "checkpoint": subject.checkpoint.name,
-        "step": subject.run.encoder.step,
-        "checkpoint_bytes_time": subject.key()["checkpoint"],
-    }
+    network = dict(zip(NETWORK, (subject.run.checkpoint, subject.run.encoder.step, subject.run.weights), strict=True))
     cut = {"crop_px": subject.px, "centre_frac": subject.centre_frac, "features": list(args.features)}
-    whole = network | {"dataset": subject.pictures.name, "pictures": subject.pictures.identity} | cut | task.settings(args)
-    found: dict[str, Any] = json.loads(json.dumps(whole))
+    whole = network | {"version": VERSION, "dataset": subject.pictures.name, "pictures": subject.pictures.identity} | cut
+    found: dict[str, Any] = json.loads(json.dumps(whole | task.settings(args)))
     return found
 
 
 def done_before(path: Path, protocol: dict[str, Any]) -> dict[str, Any] | None:
-    """The result that is there already, if it is of this protocol."""
+    """The result that is there already, if it is of this protocol and all that it names lies beside it."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        return result if result["protocol"] == protocol and result["table"]["rows"] else None
+        whole = all((path.parent / name).exists() for name in (*result["figures"], *result.get("weights", [])))
+        return result if result["protocol"] == protocol and result["table"]["rows"] and whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def place_of(out: Path, title: str, protocol: dict[str, Any]) -> str:
+    """The name for this result: the title, unless a result of other settings has it, which is kept; then with a hash of the settings.
+
+    A result of the same settings is replaced: it is of another state of the run, of the pictures, or of the code.
+    """
+    ours = _settings(protocol)
+    try:
+        there = _settings(json.loads((out / f"{title}.json").read_text(encoding="utf-8"))["protocol"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return title
+    return title if there == ours else f"{title}-{digest(ours)[:8]}"
+
+
+def _settings(protocol: dict[str, Any]) -> dict[str, Any]:
+    data = protocol["pictures"]["data"]
+    return {key: value for key, value in protocol.items() if key not in (*NETWORK, "version", "pictures")} | {"data": data}
 
 
 def table(result: dict[str, Any]) -> Iterator[str]:
@@ -291,8 +323,8 @@ def _shown(value: Any) -> str:
 def one_task(name: str, subject: Subject, args: EvalArgs) -> None:
     """Does it, unless it has its result; writes and says it. Every rank has to call it."""
     task, run = TASKS[name], subject.run
-    title, out = result_name(name, args, subject.pictures), args.out or run.run_dir / "eval"
-    protocol = protocol_of(task, subject, args)
+    out, protocol = args.out or run.run_dir / "eval", protocol_of(task, subject, args)
+    title = first_rank(lambda: place_of(out, result_name(name, args, run, subject.pictures), protocol))
     before = None if args.redo else first_rank(lambda: done_before(out / f"{title}.json", protocol))
     if before is not None:
         say("\n".join(table(before)) + "\n(done before; --redo does it again)")
@@ -304,8 +336,9 @@ def one_task(name: str, subject: Subject, args: EvalArgs) -> None:
         say("\n".join(table(result)) + f"\n{path}")
 
 
-def leave_out_twins(run: Opened, args: EvalArgs) -> EvalArgs:
-    """Without local_mean where it is the global vector itself."""
+def in_short(run: Opened, args: EvalArgs) -> EvalArgs:
+    """Nothing twice: neither tasks nor features, nor local_mean where it is the global vector itself."""
+    args = replace(args, tasks=tuple(dict.fromkeys(args.tasks)), features=tuple(dict.fromkeys(args.features)))
     if run.config.model.mlp_after_pool or not {"global", "local_mean"} <= set(args.features):
         return args
     say("local_mean is left out: this network has no MLP after pooling, so it is the global vector")
@@ -318,13 +351,16 @@ def eval_main(argv: Sequence[str]) -> None:
     run = open_run(args.run, args.device, args.checkpoint)
     ranks = join(run.device)
     try:
-        args = leave_out_twins(run, args)
-        folder, workers = args.out or run.run_dir / "eval", args.workers or run.config.loader.workers
-        newest, pictures = checkpoint_path(run.run_dir, args.checkpoint), picture_set(run, args)
-        subject = Subject(run, pictures, newest, args.px or run.config.eval_px, args.centre_frac, workers, folder / "cache", ranks)
+        if any_rank(first_rank(lambda: run.weights) != run.weights):
+            raise ValueError(f"{run.run_dir} got a new checkpoint while it was opened: try again, or give --checkpoint epoch-....pt")
+        args = in_short(run, args)
+        cache, workers = (args.out or run.run_dir / "eval") / "cache", args.workers or run.config.loader.workers
+        subject = Subject(run, picture_set(run, args), args.px or run.config.eval_px, args.centre_frac, workers, cache, ranks)
+        if args.redo:
+            first_rank(lambda: forget(cache, trained=False))
         for name in args.tasks:
             one_task(name, subject, args)
     finally:
         leave()
     if not args.keep_cache and ranks.rank == 0:
-        shutil.rmtree(subject.cache, ignore_errors=True)
+        forget(cache)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from cossl.models import load as loading
 from cossl.models.flags import flatten, read_object, replace_text, unflatten
-from cossl.models.launch import choose_device
+from cossl.models.launch import choose_device, say
 from cossl.models.run_folder import code_version, versions
 from cossl.pipelines import find_split, make_loader
 from cossl.pipelines.augment import normalize
@@ -37,6 +37,13 @@ class Opened(NamedTuple):
     encoder: loading.Encoder
     """Frozen, in eval mode, on the device."""
     device: torch.device
+    weights: str
+    """`digest` of the encoder."""
+
+    @property
+    def checkpoint(self) -> str:
+        """Name of the file that the encoder was read from."""
+        return self.encoder.source.partition(",")[0]
 
 
 def open_run(run_dir: Path, device: str = "auto", checkpoint: str = "") -> Opened:
@@ -55,11 +62,13 @@ def open_run(run_dir: Path, device: str = "auto", checkpoint: str = "") -> Opene
         raise ValueError(f"{run_dir} is no run's folder of this version: its config.json is missing or damaged ({why})") from None
     where = choose_device(device)
     encoder = loading.load(run_dir / checkpoint if checkpoint else run_dir, where)
+    if ", as " in encoder.source:
+        say(f"{run_dir}: {encoder.source}", sys.stderr)
     ours, theirs = flatten(config), flatten(unflatten(Config, encoder.config))
     if changed := [key for key in ours if ours[key] != theirs[key] and key not in RESUME_MAY_CHANGE]:
         said = f"--{changed[0].replace('_', '-')} {ours[changed[0]]!r:.80}, its checkpoint {theirs[changed[0]]!r:.80}"
         raise ValueError(f"{run_dir}: config.json says {said}: one of them is damaged, or of another run")
-    return Opened(run_dir, preset, config, encoder, where)
+    return Opened(run_dir, preset, config, encoder, where, encoder.digest())
 
 
 def data_of(run: Opened, data: Path | None) -> Path:
