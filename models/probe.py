@@ -1,7 +1,8 @@
 """How much a representation says about labels, in percent of top-1: weighted kNN and a linear probe when it is frozen, and an online
 probe while it is trained."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -95,6 +96,18 @@ def knn_top1s(
     return {pair: 100 * count / len(test_x) for pair, count in each.items()}
 
 
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """Products of float32 matrices in float32: TF32 keeps ten bits, and near neighbours differ by less."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@_exact_products()
 def _neighbours(
     x: Float[Tensor, "b c"], train_x: Float[Tensor, "train c"], train_y: Int[Tensor, " train"], k: int
 ) -> tuple[Float[Tensor, "b k"], Int[Tensor, "b k"]]:
