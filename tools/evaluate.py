@@ -5,8 +5,9 @@ Tasks, each with its result in <run>/eval/<task>.json (and figures beside it):
   linear      a linear probe: every pair of --base-lrs and --weight-decays is a classifier of its own, all trained in the same passes over
               the data (as DINOv2's) by SGD with momentum 0.9 and a cosine to 0; the best is chosen on a part held out of train, never on
               val, and trained again on all of train. Top-1, top-5, accuracy of every class, confusion figure; with `--features position`
-              one probe for every position of the feature map, and a map of their accuracies
-  fewshot-1   the same probe on 1 % of the labels of every class, at least one picture of each
+              one probe for every position of the feature map, and a map of their accuracies. On central squares unless --augment is
+              given, which most papers have: random crops and flips
+  fewshot-1   the same probe on 1 % of the labels of every class, at least one picture of each; drawn by --seed, not SimCLR's lists
   fewshot-10  on 10 %
   finetune    the whole network and a linear layer on its global vector trained on all labels, by SGD with Nesterov momentum, on random
               crops and flips (--finetune.*); the learning rate is chosen on the same held-out part as the probe's, then all of train is
