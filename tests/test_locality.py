@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -113,6 +115,37 @@ def test_what_is_there_is_not_measured_again(measured_runs: tuple[Path, Path], m
     locality.locality_main([plain, *LITTLE, "--parts", "redundancy", "--sample", "21", "--again"])
     assert calls[-1] == "redundancy"
     assert len(calls) == 5
+    shutil.copytree(Path(before["redundancy"]["protocol"]["data"]), other := measured_runs[0].parent / "other")
+    again = [plain, *LITTLE, "--parts", "redundancy", "--sample", "21", "--data"]
+    locality.locality_main([*again, str(other)])
+    assert len(calls) == 6
+    monkeypatch.chdir(other.parent)
+    locality.locality_main([*again, "other"])
+    assert len(calls) == 6
+    os.utime(next((other / "val").rglob("*.*")), (1, 1))
+    locality.locality_main([*again, "other"])
+    assert len(calls) == 7
+
+
+def test_untrained_network_has_the_seeds_weights_and_normalises(runs: tuple[Path, Path], pictures: Path) -> None:
+    """All 80 pictures of train are one batch, whose statistics another way of counting them gives too."""
+    subject = locality.Subject(open_run(runs[0], "cpu"), pictures, locality.LocalityArgs(runs=(runs[0],)))
+    networks = subject.networks()
+    found, trained = (networks[name].state_dict() for name in ("untrained", "trained"))
+    other = build(subject.run.config, torch.device("cpu")).online.train()
+    for norm in (module for module in other.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+        norm.momentum = 1.0
+    ((_, x, _),) = subject.sample("train", 256, "test")[1]
+    other.backbone(x)
+    assert not networks["untrained"].training
+    norms = [key for key in found if "running" in key and key.startswith("backbone")]
+    assert len(norms) > 20
+    for key in norms:
+        torch.testing.assert_close(found[key], other.state_dict()[key], rtol=1e-4, atol=1e-5)
+    weights = [key for key in found if key.endswith("weight") and found[key].ndim > 1]
+    assert all(torch.equal(found[key], other.state_dict()[key]) for key in weights)
+    assert not any(torch.equal(found[key], trained[key]) for key in weights)
+    assert all(found[key].abs().max() > 0 for key in found if key.endswith("running_mean") and "predictors" not in key)
 
 
 def test_without_matplotlib_the_numbers_are_written(

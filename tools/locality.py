@@ -9,7 +9,6 @@ against those it may see. Each part is <run>/locality/<part>.json with its figur
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import math
 import sys
@@ -29,6 +28,7 @@ from cossl.models.probe import PROTOCOL
 from cossl.tools import locality_figures as figures
 from cossl.tools import locality_parts as parts
 from cossl.tools.comparison import compare
+from cossl.tools.eval_pictures import folder_set
 from cossl.tools.locality_figures import NETWORKS
 from cossl.tools.locality_parts import CENTRE_FRAC, Subject
 from cossl.tools.opened import data_of, open_runs, stamp, write_result
@@ -78,15 +78,16 @@ TASKS: dict[str, Task] = {
 }
 
 
+UNTRAINED = f"the seed's weights, batch norms' statistics of {parts.NORM_PICTURES} train pictures"
+
+
 def protocol(subject: Subject, part: str) -> dict[str, Any]:
     """What the part's numbers depend on; a result with another one is measured anew."""
     chosen = {name: getattr(subject.args, name) for name in TASKS[part].depends_on}
-    digest = hashlib.sha256()
-    for tensor in subject.run.encoder.state_dict().values():
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     probes = {name: value for name, value in PROTOCOL.items() if name.startswith(("knn", "linear"))} if part == "positions" else {}
-    view = {"data": str(subject.data), "crop": f"central {CENTRE_FRAC:g} of the shorter side", "px": subject.px, "seed": subject.args.seed}
-    return {**view, **chosen, **probes, "weights_sha256": digest.hexdigest()[:16]}
+    view: dict[str, Any] = {"data": str(subject.data.resolve()), "picture_set": subject.pictures, "untrained": UNTRAINED}
+    view |= {"crop": f"central {CENTRE_FRAC:g} of the shorter side", "px": subject.px, "seed": subject.args.seed}
+    return {**view, **chosen, **probes, "weights_sha256": subject.run.weights}
 
 
 def result_of(subject: Subject, part: str, folder: Path, again: bool) -> dict[str, Any]:
@@ -164,7 +165,8 @@ def show(part: str, results: dict[str, dict[str, Any]]) -> None:
     print(f"\n{first['title']}")
     for line in cells:
         print("  ".join(f"{cell:<{w}}" if i < 2 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(line, widths, strict=True))).rstrip())
-    shown = {key: value for key, value in first["protocol"].items() if not key.startswith(("weights", "knn", "linear"))}
+    hidden = ("weights", "picture_set", "knn", "linear")
+    shown = {key: value for key, value in first["protocol"].items() if not key.startswith(hidden)}
     print("protocol: " + ", ".join(f"{key} {value}" for key, value in shown.items()))
 
 
@@ -178,6 +180,8 @@ def locality_main(argv: Sequence[str]) -> None:
     subjects = [Subject(run, data_of(run, args.data), args) for run in open_runs(args.runs, args.device)]
     if len({subject.data.resolve() for subject in subjects}) > 1:
         raise ValueError("these runs were trained on different pictures: give --data, on which to compare them")
+    pictures = folder_set(subjects[0].data, subjects[0].run.config.loader).identity
+    subjects = [subject._replace(pictures=pictures) for subject in subjects]
 
     @functools.cache
     def sheet() -> Tensor:

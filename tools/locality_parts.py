@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from cossl.models import locality as maths
@@ -25,6 +25,8 @@ from cossl.tools.opened import Opened, Pictures, open_split
 from cossl.train import EVAL_BATCH, build
 
 CENTRE_FRAC = 224 / 256
+NORM_PICTURES = 256
+"""Pictures of train that give the untrained network's batch norms their statistics: without any it would not normalise at all."""
 FIELD_BATCH = 16
 """Pictures whose activations are kept for a backward pass at once."""
 
@@ -65,6 +67,8 @@ class Subject(NamedTuple):
     run: Opened
     data: Path
     args: Measures
+    pictures: dict[str, Any] | None = None
+    """What tells these pictures from others; `PictureSet.identity`."""
 
     @property
     def name(self) -> str:
@@ -75,9 +79,13 @@ class Subject(NamedTuple):
         return self.args.px or self.run.config.eval_px
 
     def networks(self) -> dict[str, Network]:
-        """The trained network, and the same as its seed made it."""
-        untrained = build(self.run.config, self.run.device).online.eval().requires_grad_(False)
-        return {"trained": self.run.encoder.network, "untrained": untrained}
+        """The trained network, and the same with its seed's weights, whose batch norms have seen pictures of train."""
+        untrained = build(self.run.config, self.run.device).online.requires_grad_(False).train()
+        for norm in (module for module in untrained.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)):
+            norm.momentum = None  # the mean over all batches
+        for _, x, _ in self.sample("train", NORM_PICTURES, "batch norms of the untrained network")[1]:
+            self.vectors(untrained, x)
+        return {"trained": self.run.encoder.network, "untrained": untrained.eval()}
 
     def vectors(self, network: Network, x: Tensor) -> dict[str, maths.Vectors]:
         return maths.local_vectors(network, self.run.config.model, self.run.config.loss, x)
