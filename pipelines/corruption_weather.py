@@ -82,10 +82,16 @@ def fog(x: Pixels, how: tuple[float, float], draws: Draws) -> Pixels:
 
 
 def read_frost(folder: Path) -> list[UInt8[np.ndarray, "h w 3"]]:
-    """The photographs of frost in a folder, sorted by name. ValueError if there are none, or one cannot be read."""
+    """The photographs of frost in a folder, sorted by name. ValueError if there are none, or one cannot be read.
+
+    Of the six that come with the script of the published set (frost1.png to frost6.jpg) the last is left out, as that script never draws
+    it: its index is `np.random.randint(5)` (hendrycks/robustness, make_imagenet_c.py).
+    """
     found = []
-    names = (path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png")) if folder.is_dir() else ()
-    for path in sorted(names):
+    names = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png")) if folder.is_dir() else []
+    if [path.stem for path in names] == [f"frost{number}" for number in range(1, 7)]:
+        names.pop()
+    for path in names:
         try:
             with Image.open(path) as picture:
                 found.append(np.asarray(picture.convert("RGB")))

@@ -3,7 +3,7 @@
 Hendrycks and Dietterich 2019 (arXiv 1903.12261), severities as in the script that made the published set; the code is our own. All lengths
 are pixels, as published for pictures of 224 px, and stay the same for other sizes: a small picture is hurt more. Three things differ
 from the published set: its pictures were stored as JPEGs of quality 85 after the corruption, which is left out; its random numbers
-cannot be had again; it took frost from six photographs of its own, so here frost needs a folder of some.
+cannot be had again; it took frost from five of six photographs of its own, so here frost needs a folder of some.
 
 On a CPU the pictures are treated one at a time: each stays in the cache, and the result does not depend on the batch. On a GPU the whole
 batch is treated at once; the random numbers are the same, the arithmetic agrees to rounding.

@@ -189,6 +189,15 @@ def test_a_zoom_enlarges_the_middle() -> None:
         assert zoom[0, 0, 0, 32].item() == pytest.approx(32, abs=1)
 
 
+def test_frost_is_drawn_from_the_five_photographs_that_the_published_set_has(tmp_path: Path) -> None:
+    for number, ending in enumerate(("png", "png", "png", "jpg", "jpg", "jpg"), 1):
+        Image.new("RGB", (PX, PX), (number, 0, 0)).save(tmp_path / f"frost{number}.{ending}", quality=95)
+    assert len(read_frost(tmp_path)) == 5
+    assert [round(float(photograph[..., 0].mean())) for photograph in read_frost(tmp_path)[:3]] == [1, 2, 3]
+    (tmp_path / "frost7.png").write_bytes((tmp_path / "frost1.png").read_bytes())
+    assert len(read_frost(tmp_path)) == 7  # some other collection
+
+
 def test_mistakes_are_told(images: torch.Tensor, tmp_path: Path) -> None:
     index = torch.arange(2)
     for name, severity, what in (("snowfall", 1, "expected one of"), ("snow", 0, "severity 1 to 5"), ("frost", 1, "photographs")):

@@ -26,6 +26,7 @@ from cossl.tools.corruptions import (
     evaluate_corruptions,
     evaluate_imagenet_c,
     mean_corruption_error,
+    summary,
 )
 
 CPU = torch.device("cpu")
@@ -81,6 +82,12 @@ def in_tar(path: Path, files: dict[str, bytes]) -> Path:
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
     return path
+
+
+@pytest.mark.parametrize(("severities", "comparable"), [((1, 2, 3, 4, 5), True), ((5, 4, 3, 2, 1), True), ((3, 3, 3, 3, 3), False)])
+def test_a_corruption_error_is_of_all_five_severities(severities: tuple[int, ...], comparable: bool) -> None:
+    found = summary({"snow": [50.0] * 5}, severities, 70.0, {}, 10, 1000)
+    assert (found["mean_corruption_error"] is not None) == comparable
 
 
 def test_mean_corruption_error() -> None:

@@ -279,6 +279,7 @@ def test_without_matplotlib_the_numbers_are_written(
         ("--eps", "--eps : expected numbers above 0, at most 1"),
         ("--shares 1.1", "--shares 1.1: expected numbers from 0 to 1"),
         ("--crop-fracs nan", "--crop-fracs nan: expected numbers above 0, at most 1"),
+        ("--severities 3 3 3 3 3", "--severities 3 3 3 3 3: expected some of 1 2 3 4 5, each once"),
         ("--crop-px 0", "--crop-px 0: expected 1 to 10000 px"),
         ("--pictures -1", "--pictures -1: expected 0 or more"),
         ("--batch-size 0", "--batch-size 0: expected 1 or more"),

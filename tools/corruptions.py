@@ -95,7 +95,8 @@ def summary(
     """The result of either evaluation, with its means over what is there; `classes` that the head tells apart and the pictures are of."""
     counted = [value for name, of in top1.items() if name in NAMES for value in of if value is not None]
     whole = {name: [1 - value / 100 for value in of if value is not None] for name, of in top1.items() if name in ALEXNET_ERROR}
-    whole = {name: errors for name, errors in whole.items() if len(errors) == len(SEVERITIES) and classes == ALEXNET_CLASSES}
+    comparable = sorted(severities) == list(SEVERITIES) and classes == ALEXNET_CLASSES
+    whole = {name: errors for name, errors in whole.items() if comparable and len(errors) == len(SEVERITIES)}
     return {
         "severities": list(severities),
         "clean_top1": clean,

@@ -118,8 +118,8 @@ class RobustnessArgs:
 
     def __post_init__(self) -> None:
         def all_within(flag: str, values: Sequence[float], low: float, high: float, what: str) -> None:
-            if not values or not all(low <= value <= high for value in values):
-                raise ValueError(f"{flag} {' '.join(map(str, values))}: expected {what}")
+            if not values or not all(low <= value <= high for value in values) or len(set(values)) < len(values):
+                raise ValueError(f"{flag} {' '.join(map(str, values))}: expected {what}{', each once' * (len(values) > 1)}")
 
         smallest = math.ulp(0.0)
         if not self.runs:
