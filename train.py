@@ -190,7 +190,8 @@ def parse(argv: Sequence[str]) -> tuple[str, Config]:
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, 1)
         raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}" + (f"; did you mean {near[0]}?" if near else ""))
-    return name, parse_flags(Config, argv[1:], f"cossl train {name}", PRESETS[name].__doc__ or "", default=PRESETS[name]())
+    config = parse_flags(Config, argv[1:], f"cossl train {name}", PRESETS[name].__doc__ or "", default=PRESETS[name]())
+    return name, replace(config, data=config.data and config.data.absolute())  # config.json is read from anywhere
 
 
 # ------------------------------------------------------------------------------------------------- its pictures

@@ -35,6 +35,8 @@ class Encoder(nn.Module):
 
         `Y` is what `cossl eval` probes; `y[:, :, i, j]` is the local vector of position (i, j), before the MLP that Y has passed.
         """
+        if not x.is_floating_point():
+            raise ValueError(f"pictures of {x.dtype}: give them normalized, cossl.pipelines.augment.normalize(x)")
         y = self.network.backbone(x)
         return self.network.pool(y), y
 

@@ -39,6 +39,13 @@ class Pictures(Protocol):
     def open(self, index: int) -> Image.Image: ...
 
 
+class UnreadablePicture(OSError):
+    """A picture that cannot be decoded, in one line; of what torch's DataLoader makes of it, its workers' traceback, the last line."""
+
+    def __init__(self, said: str) -> None:
+        super().__init__(said.rstrip().rpartition(f"{type(self).__name__}: ")[2])
+
+
 class Folder:
     """Pictures of an image folder (`<root>/<class>/<file>`), labels by sorted class name."""
 
@@ -57,8 +64,8 @@ class Folder:
                 warnings.simplefilter("ignore")  # a broken EXIF block does not touch the pixels
                 with Image.open(self.files[index]) as picture:
                     return ImageOps.exif_transpose(picture).convert("RGB")
-        except OSError as error:
-            raise RuntimeError(
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: PIL's, of a broken PNG
+            raise UnreadablePicture(
                 f"cannot read {self.files[index]}: {error}. Remove it, or run `cossl convert`, which sets broken pictures aside"
             ) from None
 

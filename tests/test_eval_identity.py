@@ -326,3 +326,12 @@ def test_a_torchvision_set_elsewhere_or_changed_is_another(tmp_path: Path) -> No
     assert identity(tmp_path / "left") != before
     os.utime(files[0][1], (1, 1))
     assert identity(tmp_path / "right") != before
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_broken_picture_is_one_line(run: Path, tmp_path: Path, workers: str) -> None:
+    data = classes_of(tmp_path / "own", 0)
+    broken = data / "train" / "b" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    with pytest.raises(OSError, match=f"^cannot read {broken}: [^\\n]+ or run `cossl convert`, which sets broken pictures aside$"):
+        eval_main([str(run), "--tasks", "knn", "--data", str(data), "--workers", workers])

@@ -162,6 +162,16 @@ def test_a_format_that_cannot_be_is_one_line_and_the_others_are_written(
         export_main([str(runs["demo"]), "--formats", "timm", "onnx"])
 
 
+def test_no_run_and_no_file_is_written_over(runs: dict[str, Path], tmp_path: Path) -> None:
+    before = (runs["demo"] / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=f"^--out {runs['demo']} is a run's folder, whose config.json would be replaced: give another$"):
+        export_main([str(runs["demo"]), "--out", str(runs["demo"])])
+    assert (runs["demo"] / "config.json").read_bytes() == before
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=f"^--out {tmp_path / 'file'} is a file: give a folder$"):
+        export_main([str(runs["demo"]), "--out", str(tmp_path / "file")])
+
+
 @pytest.mark.parametrize(("flags", "said"), [(["--px", "4"], "--px 4"), (["--checkpoint", "epoch-0003.pt"], "does not exist")])
 def test_mistakes_are_one_line(runs: dict[str, Path], flags: list[str], said: str) -> None:
     with pytest.raises(ValueError, match=said) as caught:

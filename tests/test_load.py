@@ -45,6 +45,22 @@ def pictures() -> torch.Tensor:
 # ------------------------------------------------------------------------------------------------- what is loaded
 
 
+def test_pictures_that_are_not_normalized_are_one_line(run: Path) -> None:
+    with pytest.raises(ValueError, match=r"^pictures of torch.uint8: give them normalized, cossl.pipelines.augment.normalize\(x\)$"):
+        cossl.load(run)(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+
+
+def test_the_digest_tells_weights(run: Path) -> None:
+    encoder, again = cossl.load(run), cossl.load(run / "export")
+    assert len(encoder.digest()) == 16
+    assert encoder.source == "last.pt"
+    before = encoder.digest()
+    assert cossl.load(run / "last.pt").digest() == before
+    assert again.digest() != before  # it lacks the heads
+    encoder.network.backbone.state_dict()["conv1.weight"][0, 0, 0, 0] += 1
+    assert encoder.digest() != before
+
+
 def test_folder_checkpoint_and_export_give_the_online_network_in_eval_mode(run: Path) -> None:
     model = network_of(DEMO).eval()
     with torch.no_grad():

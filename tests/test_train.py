@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -306,6 +307,26 @@ def test_too_large_a_batch_and_bad_folders(capsys, pictures: Path, tmp_path: Pat
     assert "is empty" in complaint(capsys, ["imagenette", "--data", str(tmp_path)])
     (tmp_path / "train" / "cat").mkdir()
     assert "without pictures: cat" in complaint(capsys, ["imagenette", "--data", str(tmp_path)])
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_broken_picture_is_one_line(capsys, pictures: Path, tmp_path: Path, workers: str) -> None:
+    shutil.copytree(pictures, tmp_path / "own")
+    broken = sorted((tmp_path / "own" / "train").rglob("*.*"))[40]
+    broken.write_bytes(broken.read_bytes()[:200])
+    argv = ["demo", "--data", str(tmp_path / "own"), "--run-dir", str(tmp_path / "run"), *TINY, "--loader.workers", workers]
+    with pytest.raises(SystemExit) as stop:
+        train.main(argv)
+    assert stop.value.code == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"cossl train: cannot read {broken}: ")
+    assert said.endswith(f"which sets broken pictures aside; then go on with --resume --run-dir {tmp_path / 'run'}")
+
+
+def test_pictures_are_found_from_another_folder_too(finished: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert train.parse(["demo", "--data", "b"])[1].data == tmp_path / "b"
+    assert train.parse(["demo"])[1].data is None
 
 
 def test_a_cut_beton_is_refused(capsys, betons: Path, tmp_path: Path) -> None:

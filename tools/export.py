@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cossl.models import checkpoint
 from cossl.models.flags import parse_flags, replace_text, sealed
 from cossl.models.load import HEADS, WEIGHTS, Encoder
 from cossl.models.rf_resnet import ResNet, pool_to, position_grid
@@ -291,8 +292,12 @@ def export(
 def export_main(argv: Sequence[str]) -> None:
     """`cossl export`. Raises ValueError, OSError or ImportError for a user's mistake."""
     args = parse_flags(ExportArgs, argv, "cossl export", __doc__ or "")
-    run = open_run(args.run, "cpu", args.checkpoint)
-    written, left_out = export(run, args.out or args.run / "export", args.formats, args.heads, args.px)
+    run, out = open_run(args.run, "cpu", args.checkpoint), args.out or args.run / "export"
+    if checkpoint.exists(out):
+        raise ValueError(f"--out {out} is a run's folder, whose config.json would be replaced: give another")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file: give a folder")
+    written, left_out = export(run, out, args.formats, args.heads, args.px)
     for path in written:
         print(f"{path}  {path.stat().st_size:,} bytes")
     for name, why in left_out.items():
