@@ -131,6 +131,14 @@ def test_a_head_on_another_network_is_no_other_protocol(tmp_path: Path) -> None:
     assert "Protocols differ" in Page(runs_report([folders[0], other])).text
 
 
+def test_more_rows_are_no_other_protocol(tmp_path: Path) -> None:
+    """As `cossl eval` stamps its results; what a head's features are is a protocol."""
+    for name, features in (("a", ["global"]), ("b", ["global", "position"]), ("c", "pooled")):
+        make_run(tmp_path / name, eval__knn=result(protocol={"k": 10, "features": features}))
+    assert "Protocols differ" not in Page(runs_report([tmp_path / "a", tmp_path / "b"])).text
+    assert "Protocols differ" in Page(runs_report([tmp_path / "a", tmp_path / "c"])).text
+
+
 def test_tables_of_other_columns_are_not_joined(tmp_path: Path) -> None:
     other = result() | {"table": {"columns": ["k", "top-1"], "rows": [[20, 60.5]]}}
     captions = [text for tag, text in two(tmp_path, eval__knn=other).texts if tag == "span"]

@@ -11,7 +11,7 @@ from cossl.tools.report_page import Album, Html, join, pairs, section, shown, ta
 from cossl.tools.report_read import FAMILIES, Record, Told, compared
 
 FIGURE_LIMIT = 24  # of each result
-NETWORK = ("checkpoint", "checkpoint_bytes_time", "step", "weights_sha256", "weights")
+NETWORK = ("checkpoint", "step", "weights_sha256", "weights")
 """Of a protocol, and of the protocol of a head within it: which network was asked, not how. Runs differ in it by right."""
 
 
@@ -90,7 +90,11 @@ def protocols(told: Sequence[Told], results: Sequence[Record]) -> Html:
 
 def _how(result: Record) -> Record | None:
     protocol = result.get("protocol")
-    return _but_network({key: _but_network(value) for key, value in protocol.items()}) if isinstance(protocol, dict) else None
+    if not isinstance(protocol, dict):
+        return None
+    # A list of features says which rows there are, each of which is what it would be alone.
+    rows = {key: value for key, value in protocol.items() if not (key == "features" and isinstance(value, list))}
+    return _but_network({key: _but_network(value) for key, value in rows.items()})
 
 
 def _but_network(part: Any) -> Any:
