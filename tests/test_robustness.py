@@ -305,6 +305,28 @@ def test_a_users_mistake_is_one_line(flags: str, said: str, capsys: pytest.Captu
     assert "\n" not in told
 
 
+def test_only_the_chosen_pictures_are_decoded(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge, decoded = judge_of(run_dir, pictures=13), list[int]()
+    open_split = robustness_judge.open_split
+
+    def watched(*args: Any) -> Any:
+        loader = open_split(*args)
+        epoch = loader.epoch
+
+        def counted(number: int) -> Any:
+            for batch in epoch(number):
+                decoded.extend(batch.index.tolist())
+                yield batch
+
+        loader.epoch = counted
+        return loader
+
+    monkeypatch.setattr(robustness_judge, "open_split", watched)
+    given_out = [index for some in judge.some("test") for index in some[2].tolist()]
+    assert decoded == given_out == judge.chosen.tolist()
+    assert len(decoded) == 13
+
+
 def test_other_classes_in_val_are_a_mistake(run_dir: Path, pictures: Path, tmp_path: Path) -> None:
     for split in ("train", "val"):
         for folder in sorted((pictures / split).iterdir())[split == "val" :]:

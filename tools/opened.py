@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
@@ -79,14 +80,21 @@ def data_of(run: Opened, data: Path | None) -> Path:
     return found
 
 
-def open_split(run: Opened, data: Path, split: str, px: int = 0, workers: int = 0, centre_frac: float = 224 / 256) -> Loader:
-    """All pictures of a split in order, the central square resized to px (0 = the run's --eval-px), as in training's own evaluation."""
+def open_split(
+    run: Opened,
+    data: Path,
+    split: str,
+    px: int = 0,
+    workers: int = 0,
+    centre_frac: float = 224 / 256,
+    subset: Int[np.ndarray, " n"] | None = None,
+) -> Loader:
+    """A split, or a subset of it, in order, the central square resized to px (0 = the run's --eval-px), as in training's own evaluation."""
     how = run.config.loader
     backend = "auto" if how.backend == "synthetic" else how.backend
     views = evaluation(px or run.config.eval_px, centre_frac)
-    return make_loader(
-        backend, find_split(data, split, backend), LoaderSpec(views, EVAL_BATCH, workers=workers or how.workers, shuffle=False)
-    )
+    spec = LoaderSpec(views, EVAL_BATCH, workers=workers or how.workers, shuffle=False, subset=subset)
+    return make_loader(backend, find_split(data, split, backend), spec)
 
 
 def pictures(loader: Loader, device: torch.device, what: str) -> Iterator[Pictures]:

@@ -198,16 +198,15 @@ class Judge:
     ) -> Iterator[Some]:
         """The chosen pictures, in order, at most `batch_size` at once, with a bar of their number unless there is one already."""
         chosen = self.chosen if chosen is None else chosen
-        loader = open_split(self.run, self.data, split, px or self.px, self.workers, centre_frac)
+        loader = open_split(self.run, self.data, split, px or self.px, self.workers, centre_frac, chosen.numpy())
         own = self.bar(what, len(chosen)) if bar is None else None
         try:
             for batch in loader.epoch(0):
-                rows = torch.isin(batch.index, chosen).nonzero()[:, 0]
                 (images,) = batch.split()
-                for part in rows.split(self.batch_size) if len(rows) else ():
-                    yield Some(*(tensor[part].to(self.run.device) for tensor in (images, batch.label, batch.index)))
+                for part in zip(*(each.split(self.batch_size) for each in (images, batch.label, batch.index)), strict=True):
+                    yield Some(*(tensor.to(self.run.device) for tensor in part))
                     if own is not None:
-                        own.update(len(part))
+                        own.update(len(part[0]))
         finally:
             loader.close()
             if own is not None:
