@@ -19,6 +19,7 @@ from cossl.models.co_ssl import LossConfig, ModelConfig
 from cossl.models.flags import flatten
 from cossl.models.load import load
 from cossl.models.probe import knn_top1, linear_top1
+from cossl.pipelines import LoaderConfig
 from cossl.tools import locality
 from cossl.tools.opened import open_run, open_split
 from cossl.tools.opened import pictures as pictures_of
@@ -31,13 +32,13 @@ LITTLE = "--pictures 3 --sample 20 --probe-pictures 40 --draws 2 --field-picture
 
 @pytest.fixture(scope="module")
 def runs(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Folders of CO-BYOL with an MLP and of BYOL without, each with weights that are not those of its seed."""
+    """Folders of CO-BYOL with an MLP and of BYOL without, each with weights that are not those of its seed, and another loader."""
     folder = tmp_path_factory.mktemp("runs")
-    for name, (network, loss) in {
-        "co": (SMALL, LossConfig()),
-        "plain": (replace(SMALL, mlp_after_pool=0), LossConfig(local_weight=0)),
+    for name, (network, loss, loader) in {
+        "co": (SMALL, LossConfig(), LoaderConfig()),
+        "plain": (replace(SMALL, mlp_after_pool=0), LossConfig(local_weight=0), LoaderConfig("torch")),
     }.items():
-        config = replace(demo(), data=pictures, eval_px=32, model=network, loss=loss)
+        config = replace(demo(), data=pictures, eval_px=32, model=network, loss=loss, loader=loader)
         state = build(replace(config, seed=1), torch.device("cpu")).state_dict()
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps({"preset": "demo", **flatten(config)}))
@@ -67,6 +68,7 @@ def test_every_part_is_written_with_table_figure_and_protocol(measured_runs: tup
             assert (run / "locality" / f"{part}.png").read_bytes().startswith(b"\x89PNG")
             assert found["protocol"]["px"] == 32
             assert len(found["protocol"]["weights_sha256"]) == 16
+            assert found["protocol"]["untrained"] == "the seed's weights, batch norms' statistics of 80 train pictures, as in training"
     assert len(list((measured_runs[0] / "locality").glob("*-of-2-runs.png"))) == 4
     assert runs_report(measured_runs).count("-of-2-runs.png)</figcaption>") == 4
     assert not list(measured_runs[0].rglob("*.part"))
@@ -128,24 +130,25 @@ def test_what_is_there_is_not_measured_again(measured_runs: tuple[Path, Path], m
 
 
 def test_untrained_network_has_the_seeds_weights_and_normalises(runs: tuple[Path, Path], pictures: Path) -> None:
-    """All 80 pictures of train are one batch, whose statistics another way of counting them gives too."""
+    """All 80 pictures of train are one batch, whose statistics those of a forward pass in training are: the MLP sees pooled vectors alone."""
     subject = locality.Subject(open_run(runs[0], "cpu"), pictures, locality.LocalityArgs(runs=(runs[0],)))
     networks = subject.networks()
     found, trained = (networks[name].state_dict() for name in ("untrained", "trained"))
     other = build(subject.run.config, torch.device("cpu")).online.train()
-    for norm in (module for module in other.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+    for norm in (module for module in other.modules() if isinstance(module, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d)):
         norm.momentum = 1.0
     ((_, x, _),) = subject.sample("train", 256, "test")[1]
-    other.backbone(x)
+    other([x])
     assert not networks["untrained"].training
-    norms = [key for key in found if "running" in key and key.startswith("backbone")]
-    assert len(norms) > 20
+    parts = ("backbone", "after_pool", "projector")
+    norms = [key for key in found if "running" in key and key.startswith(parts)]
+    assert {key.partition(".")[0] for key in norms} == set(parts)
     for key in norms:
         torch.testing.assert_close(found[key], other.state_dict()[key], rtol=1e-4, atol=1e-5)
     weights = [key for key in found if key.endswith("weight") and found[key].ndim > 1]
     assert all(torch.equal(found[key], other.state_dict()[key]) for key in weights)
     assert not any(torch.equal(found[key], trained[key]) for key in weights)
-    assert all(found[key].abs().max() > 0 for key in found if key.endswith("running_mean") and "predictors" not in key)
+    assert all(found[key].abs().max() > 0 for key in found if key.endswith("running_mean"))
 
 
 def test_without_matplotlib_the_numbers_are_written(

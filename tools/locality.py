@@ -78,14 +78,14 @@ TASKS: dict[str, Task] = {
 }
 
 
-UNTRAINED = f"the seed's weights, batch norms' statistics of {parts.NORM_PICTURES} train pictures"
-
-
 def protocol(subject: Subject, part: str) -> dict[str, Any]:
     """What the part's numbers depend on; a result with another one is measured anew."""
+    assert subject.pictures is not None
+    seen = min(parts.NORM_PICTURES, subject.pictures["counts"]["train"])
     chosen = {name: getattr(subject.args, name) for name in TASKS[part].depends_on}
     probes = {name: value for name, value in PROTOCOL.items() if name.startswith(("knn", "linear"))} if part == "positions" else {}
-    view: dict[str, Any] = {"data": str(subject.data.resolve()), "picture_set": subject.pictures, "untrained": UNTRAINED}
+    view: dict[str, Any] = {"data": str(subject.data.resolve()), "picture_set": subject.pictures}
+    view["untrained"] = f"the seed's weights, batch norms' statistics of {seen} train pictures, as in training"
     view |= {"crop": f"central {CENTRE_FRAC:g} of the shorter side", "px": subject.px, "seed": subject.args.seed}
     return {**view, **chosen, **probes, "weights_sha256": subject.run.weights}
 
@@ -180,8 +180,8 @@ def locality_main(argv: Sequence[str]) -> None:
     subjects = [Subject(run, data_of(run, args.data), args) for run in open_runs(args.runs, args.device)]
     if len({subject.data.resolve() for subject in subjects}) > 1:
         raise ValueError("these runs were trained on different pictures: give --data, on which to compare them")
-    pictures = folder_set(subjects[0].data, subjects[0].run.config.loader).identity
-    subjects = [subject._replace(pictures=pictures) for subject in subjects]
+    identity = functools.cache(lambda data, how: folder_set(data, how).identity)
+    subjects = [subject._replace(pictures=identity(subject.data, subject.run.config.loader)) for subject in subjects]
 
     @functools.cache
     def sheet() -> Tensor:

@@ -78,14 +78,19 @@ class Subject(NamedTuple):
     def px(self) -> int:
         return self.args.px or self.run.config.eval_px
 
+    @torch.no_grad()
     def networks(self) -> dict[str, Network]:
-        """The trained network, and the same with its seed's weights, whose batch norms have seen pictures of train."""
-        untrained = build(self.run.config, self.run.device).online.requires_grad_(False).train()
-        for norm in (module for module in untrained.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)):
+        """The trained network, and the same with its seed's weights, whose batch norms have seen pictures of train.
+
+        By the forward pass of training, since the MLP and the heads see other vectors there than `vectors` shows them.
+        """
+        model = build(self.run.config, self.run.device).train()
+        for norm in (module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)):
             norm.momentum = None  # the mean over all batches
+        count = model.position_grid(self.px).size ** 2
         for _, x, _ in self.sample("train", NORM_PICTURES, "batch norms of the untrained network")[1]:
-            self.vectors(untrained, x)
-        return {"trained": self.run.encoder.network, "untrained": untrained.eval()}
+            model([x, x], torch.arange(count, device=x.device).expand(len(x), 2, -1))
+        return {"trained": self.run.encoder.network, "untrained": model.online.requires_grad_(False).eval()}
 
     def vectors(self, network: Network, x: Tensor) -> dict[str, maths.Vectors]:
         return maths.local_vectors(network, self.run.config.model, self.run.config.loss, x)
