@@ -130,7 +130,7 @@ def test_what_is_there_is_not_measured_again(measured_runs: tuple[Path, Path], m
 
 
 def test_untrained_network_has_the_seeds_weights_and_normalises(runs: tuple[Path, Path], pictures: Path) -> None:
-    """All 80 pictures of train are one batch, whose statistics those of a forward pass in training are: the MLP sees pooled vectors alone."""
+    """All 80 pictures of train are one batch, whose statistics are those of training: the MLP sees pooled vectors alone."""
     subject = locality.Subject(open_run(runs[0], "cpu"), pictures, locality.LocalityArgs(runs=(runs[0],)))
     networks = subject.networks()
     found, trained = (networks[name].state_dict() for name in ("untrained", "trained"))
