@@ -290,6 +290,7 @@ def test_without_matplotlib_the_numbers_are_written(
         ("--px 8", "--px 8: expected 16 to 10000 px"),
         ("--corruptions fog rain", "--corruptions rain: expected some of gaussian_noise, "),
         ("--corruptions", "--corruptions : expected some of gaussian_noise, "),
+        ("--corruptions fog snow fog", "saturate, each once"),
         ("--severities 0 5", "--severities 0 5: expected some of 1 2 3 4 5"),
         ("--frost-dir nowhere", "--frost-dir nowhere is no folder"),
     ],

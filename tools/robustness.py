@@ -134,8 +134,8 @@ class RobustnessArgs:
         all_within("--batch-size", (self.batch_size,), 1, 2**31, "1 or more")
         for flag, value in {"--pictures": self.pictures, "--probe-pictures": self.probe_pictures, "--workers": self.workers}.items():
             all_within(flag, (value,), 0, 2**31, "0 or more")
-        if unknown := [name for name in self.corruptions or [""] if name not in CORRUPTIONS]:
-            raise ValueError(f"--corruptions {unknown[0]}: expected some of {', '.join(CORRUPTIONS)}")
+        if unknown := [name for name in self.corruptions or [""] if name not in CORRUPTIONS or self.corruptions.count(name) > 1]:
+            raise ValueError(f"--corruptions {unknown[0]}: expected some of {', '.join(CORRUPTIONS)}, each once")
         all_within("--severities", self.severities, 1, 5, "some of 1 2 3 4 5")
         if self.frost_dir is not None and not self.frost_dir.is_dir():
             raise ValueError(f"--frost-dir {self.frost_dir} is no folder: give one with photographs of frost")
