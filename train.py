@@ -41,6 +41,7 @@ from cossl.pipelines.batch import Batch, Loader, LoaderSpec, to_device
 from cossl.pipelines.demo_set import demo_data
 from cossl.pipelines.picture import draw_batch, draw_curves
 from cossl.pipelines.positions import PositionsConfig, PositionSpec
+from cossl.pipelines.torch_loader import UnreadablePicture
 from cossl.pipelines.views import ViewsConfig, evaluation
 
 # ------------------------------------------------------------------------------------------------- what a run is
@@ -124,9 +125,7 @@ class Config:
 
 def demo() -> Config:
     """CO-BYOL on generated pictures whose class is which parts occur together: about three minutes on 2 CPU cores."""
-    model = ModelConfig(
-        backbone="rf_resnet18", receptive_field=29, width=16, mlp_after_pool=0, hidden_dim=512, out_dim=128, output_norm=True
-    )
+    model = ModelConfig("byol", "rf_resnet18", 29, width=16, mlp_after_pool=0, hidden_dim=512, out_dim=128, output_norm=True)
     optim = OptimConfig("adamw", base_lr=0.016, weight_decay=0.01, warmup_epochs=0.5, ema_tau=0.98)
     small = Config(epochs=8, batch_size=32, precision="fp32", compile=False, log_every=20, eval_px=72, model=model, optim=optim)
     return replace(small, views=ViewsConfig("symmetric", 32, crop_min=0.4, jitter=0.5))
@@ -489,9 +488,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         except KeyboardInterrupt:
             print(f"stopped; go on with: cossl train {preset} <the same flags> --resume --run-dir {ready[1]}", file=sys.stderr)
             raise SystemExit(130) from None
-        except OSError as error:  # a full disk: the checkpoint before is whole
-            print(f"cossl train: {error}; then go on with --resume --run-dir {ready[1]}", file=sys.stderr)
-            raise SystemExit(1) from None
+        except OSError as error:  # a full disk: the checkpoint before is whole; a picture less would be another set, where none goes on
+            code, then = (2, "or replace it and") if isinstance(error, UnreadablePicture) else (1, "then")
+            print(f"cossl train: {error}; {then} go on with --resume --run-dir {ready[1]}", file=sys.stderr)
+            raise SystemExit(code) from None
 
 
 if __name__ == "__main__":

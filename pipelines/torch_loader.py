@@ -64,7 +64,9 @@ class Folder:
                 warnings.simplefilter("ignore")  # a broken EXIF block does not touch the pixels
                 with Image.open(self.files[index]) as picture:
                     return ImageOps.exif_transpose(picture).convert("RGB")
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: PIL's, of a broken PNG
+        except (MemoryError, AttributeError, NameError):
+            raise  # the machine's fault or this program's, not the picture's
+        except Exception as error:  # Pillow's decoders answer damage with OSError, Syntax-, Value-, Index-, Type-, struct and zlib errors
             raise UnreadablePicture(
                 f"cannot read {self.files[index]}: {error}. Remove it, or run `cossl convert`, which sets broken pictures aside"
             ) from None
@@ -81,7 +83,10 @@ class BetonPictures:
         return len(self.beton)
 
     def open(self, index: int) -> Image.Image:
-        return self.beton.open(index)
+        try:
+            return self.beton.open(index)
+        except ValueError as error:
+            raise UnreadablePicture(str(error)) from None
 
 
 def open_pictures(path: Path) -> Folder | BetonPictures:

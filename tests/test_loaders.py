@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from cossl.pipelines import choose_backend, find_split, make_loader
 from cossl.pipelines.batch import Batch, Blocks, LoaderSpec
 from cossl.pipelines.beton import JPG, RAW, Beton
 from cossl.pipelines.convert import convert
+from cossl.pipelines.torch_loader import UnreadablePicture
 from cossl.pipelines.views import ViewSpec, byol, evaluation, multi_crop
 from cossl.train import pictures as evaluated
 
@@ -192,8 +194,29 @@ def test_a_broken_picture_in_a_folder_is_named(tmp_path: Path) -> None:
         Image.new("RGB", (40, 40)).save(tmp_path / "class" / f"{i}.jpg")
     (tmp_path / "class" / "2.jpg").write_bytes(b"no picture")
     loader = make_loader("torch", tmp_path, LoaderSpec(evaluation(32), 4, workers=0, shuffle=False))
-    with pytest.raises(RuntimeError, match=r"class/2\.jpg.*cossl convert"):
+    with pytest.raises(UnreadablePicture, match=r"class/2\.jpg.*cossl convert"):
         next(iter(loader.epoch(0)))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_whatever_a_decoder_says_of_damage_is_one_line(betons: Path, tmp_path: Path, workers: int) -> None:
+    """Pillow answers broken numbers in a header with a ValueError, a worker process with its traceback."""
+    files = [tmp_path / "train" / "a" / f"{i}.ppm" for i in range(4)]
+    files[0].parent.mkdir(parents=True)
+    for file in files:
+        picture(8, 8).save(file)
+    files[2].write_bytes(b"P6 8 8 2x5 " + bytes(192))
+    beton = tmp_path / "damaged.beton"
+    shutil.copy(betons / "val.beton", beton)
+    with beton.open("r+b") as file:
+        file.seek(int(Beton(beton).starts[5]))
+        file.write(b"no")
+    for source, said in ((tmp_path / "train", f"cannot read {files[2]}: "), (beton, f"{beton}: row 5 does not decode ")):
+        loader = make_loader("torch", source, LoaderSpec(evaluation(16), 4, workers=workers, shuffle=False))
+        with pytest.raises(UnreadablePicture) as error:
+            list(loader.epoch(0))
+        assert str(error.value).startswith(said)
+        assert "\n" not in str(error.value)
 
 
 def test_auto_takes_ffcv_for_a_beton(betons: Path, pictures: Path) -> None:

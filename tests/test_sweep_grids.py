@@ -48,7 +48,7 @@ WORDS = {  # another value of each field that is one word of several
     "tracking.wandb": "offline",
     "tracking.wandb_project": 'it\'s "mine" & *.*',
     "run_dir": Path("a folder/$x"),
-    "data": Path("pictures, all of them"),
+    "data": Path("/pictures, all of them"),
     "loss.temperature": 2e-7,
 }
 

@@ -317,10 +317,10 @@ def test_a_broken_picture_is_one_line(capsys, pictures: Path, tmp_path: Path, wo
     argv = ["demo", "--data", str(tmp_path / "own"), "--run-dir", str(tmp_path / "run"), *TINY, "--loader.workers", workers]
     with pytest.raises(SystemExit) as stop:
         train.main(argv)
-    assert stop.value.code == 1
+    assert stop.value.code == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith(f"cossl train: cannot read {broken}: ")
-    assert said.endswith(f"which sets broken pictures aside; then go on with --resume --run-dir {tmp_path / 'run'}")
+    assert said.endswith(f"which sets broken pictures aside; or replace it and go on with --resume --run-dir {tmp_path / 'run'}")
 
 
 def test_pictures_are_found_from_another_folder_too(finished: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
