@@ -167,9 +167,17 @@ def test_no_run_and_no_file_is_written_over(runs: dict[str, Path], tmp_path: Pat
     with pytest.raises(ValueError, match=f"^--out {runs['demo']} is a run's folder, whose config.json would be replaced: give another$"):
         export_main([str(runs["demo"]), "--out", str(runs["demo"])])
     assert (runs["demo"] / "config.json").read_bytes() == before
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=f"^--out {tmp_path / 'file'} is a file: give a folder$"):
-        export_main([str(runs["demo"]), "--out", str(tmp_path / "file")])
+    begun = tmp_path / "begun"  # has no checkpoint yet
+    begun.mkdir()
+    (begun / "config.json").write_bytes(before)
+    with pytest.raises(ValueError, match=f"^--out {begun} is a run's folder, "):
+        export_main([str(runs["demo"]), "--out", str(begun)])
+    (file := tmp_path / "file").touch()
+    for out in (file, file / "below"):
+        with pytest.raises(ValueError, match=f"^--out {out}: {file} is a file, give a folder$"):
+            export_main([str(runs["demo"]), "--out", str(out)])
+    for _ in range(2):
+        export_main([str(runs["demo"]), "--out", str(tmp_path / "again"), "--formats", "safetensors"])
 
 
 @pytest.mark.parametrize(("flags", "said"), [(["--px", "4"], "--px 4"), (["--checkpoint", "epoch-0003.pt"], "does not exist")])

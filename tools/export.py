@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cossl.models import checkpoint
-from cossl.models.flags import parse_flags, replace_text, sealed
+from cossl.models.flags import parse_flags, read_object, replace_text, sealed
 from cossl.models.load import HEADS, WEIGHTS, Encoder
 from cossl.models.rf_resnet import ResNet, pool_to, position_grid
 from cossl.models.run_folder import code_version, versions
@@ -289,14 +289,23 @@ def export(
     return written, left_out
 
 
+def _is_run(folder: Path) -> bool:
+    """An export's config.json has a preset too, and the hash of its weights."""
+    try:
+        config = read_object(folder / "config.json")
+    except (OSError, ValueError):
+        config = {}
+    return checkpoint.exists(folder) or ("preset" in config and "weights_sha256" not in config)
+
+
 def export_main(argv: Sequence[str]) -> None:
     """`cossl export`. Raises ValueError, OSError or ImportError for a user's mistake."""
     args = parse_flags(ExportArgs, argv, "cossl export", __doc__ or "")
     run, out = open_run(args.run, "cpu", args.checkpoint), args.out or args.run / "export"
-    if checkpoint.exists(out):
+    if _is_run(out):
         raise ValueError(f"--out {out} is a run's folder, whose config.json would be replaced: give another")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file: give a folder")
+    if blocking := [path for path in (out, *out.parents) if path.exists() and not path.is_dir()]:
+        raise ValueError(f"--out {out}: {blocking[0]} is a file, give a folder")
     written, left_out = export(run, out, args.formats, args.heads, args.px)
     for path in written:
         print(f"{path}  {path.stat().st_size:,} bytes")
