@@ -9,7 +9,6 @@ from functools import partial
 
 import torch
 from jaxtyping import Float, Int
-from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -134,10 +133,16 @@ class Prototypes(nn.Module):
         return F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1))
 
 
+def _layer_norm_2d(channels: int) -> nn.Module:
+    from timm.layers.norm import LayerNorm2d  # here: all of timm comes with it
+
+    return LayerNorm2d(channels, eps=1e-5)
+
+
 # What stands between the layers: for vectors, and for maps. Batch norms become synchronized ones by torch's own conversion.
 NORMS: dict[str, tuple[Callable[[int], nn.Module], Callable[[int], nn.Module]]] = {
     "batch": (nn.BatchNorm1d, nn.BatchNorm2d),
-    "layer": (nn.LayerNorm, partial(LayerNorm2d, eps=1e-5)),
+    "layer": (nn.LayerNorm, _layer_norm_2d),
     "none": (nn.Identity, nn.Identity),
 }
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from timm.optim.lars import Lars
 from torch import nn
 
 from cossl.models.heads import Prototypes
@@ -25,6 +24,8 @@ def _lars(groups: Groups, config: "OptimConfig") -> torch.optim.Optimizer:
     Trap: timm adapts a group only where its weight decay is not 0 or `always_adapt` is set. So the weights get the flag,
     or a run without weight decay would silently be SGD, and the excluded group never gets it.
     """
+    from timm.optim.lars import Lars  # here: all of timm comes with it
+
     weights, excluded = groups
     adapted = [weights | {"always_adapt": True}, excluded | {"always_adapt": False}]
     return Lars(

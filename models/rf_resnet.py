@@ -5,15 +5,13 @@ j = jump = distance of two neighbouring positions in view pixels.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torchvision
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from cossl.models.recompute import recomputed
 
@@ -176,6 +174,8 @@ def _rf_resnet(
         raise ValueError(
             f"kept_kernels has {len(kept)} entries; {layout.name} has {layout.num_spatial} spatial convolutions: give one bool for each"
         )
+    from torchvision.models.resnet import BasicBlock, Bottleneck  # here: it takes a second, for which no --help should wait
+
     kernels = iter(kept)
     expansion = Bottleneck.expansion if layout.bottleneck else BasicBlock.expansion
     stages, in_channels = [], width
@@ -247,6 +247,8 @@ def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module | N
 
 def _block(layout: _Layout, in_channels: int, planes: int, stride: int, kept: Sequence[bool]) -> nn.Module:
     """torchvision's block with each 3x3 perhaps a 1x1, and the stride where the layout has it."""
+    from torchvision.models.resnet import BasicBlock, Bottleneck
+
     kernels = [3 if keep else 1 for keep in kept]
     if not layout.bottleneck:
         basic = BasicBlock(in_channels, planes, stride, _shortcut(in_channels, planes, stride))
@@ -262,28 +264,30 @@ def _block(layout: _Layout, in_channels: int, planes: int, stride: int, kept: Se
 
 def torchvision_resnet50(receptive_field: int | None = None, width: int = 64, small_image_stem: bool | None = None) -> ResNet:
     """torchvision's ResNet-50 (v1.5: the stride in the 3x3), untrained, without pooling and classifier; receptive field 427 px."""
-    return _torchvision("resnet50", torchvision.models.resnet50, receptive_field, width, bool(small_image_stem))
+    return _torchvision("resnet50", receptive_field, width, bool(small_image_stem))
 
 
 def torchvision_resnet18(receptive_field: int | None = None, width: int = 64, small_image_stem: bool | None = None) -> ResNet:
     """torchvision's ResNet-18, untrained, without pooling and classifier; receptive field 435 px (109 with the small-image stem)."""
-    return _torchvision("resnet18", torchvision.models.resnet18, receptive_field, width, bool(small_image_stem))
+    return _torchvision("resnet18", receptive_field, width, bool(small_image_stem))
 
 
 def torchvision_resnet34(receptive_field: int | None = None, width: int = 64, small_image_stem: bool | None = None) -> ResNet:
     """torchvision's ResNet-34, untrained, without pooling and classifier; receptive field 899 px (225 with the small-image stem)."""
-    return _torchvision("resnet34", torchvision.models.resnet34, receptive_field, width, bool(small_image_stem))
+    return _torchvision("resnet34", receptive_field, width, bool(small_image_stem))
 
 
 def torchvision_resnet101(receptive_field: int | None = None, width: int = 64, small_image_stem: bool | None = None) -> ResNet:
     """torchvision's ResNet-101 (v1.5), untrained, without pooling and classifier; receptive field 971 px."""
-    return _torchvision("resnet101", torchvision.models.resnet101, receptive_field, width, bool(small_image_stem))
+    return _torchvision("resnet101", receptive_field, width, bool(small_image_stem))
 
 
-def _torchvision(name: str, build: Callable[..., Any], receptive_field: int | None, width: int, small_image_stem: bool) -> ResNet:
+def _torchvision(name: str, receptive_field: int | None, width: int, small_image_stem: bool) -> ResNet:
+    from torchvision import models
+
     if width != 64:
         raise ValueError(f"width={width} is not possible for {name}, which is torchvision's and 64 wide; use 64, or rf_{name}")
-    model = build(weights=None, zero_init_residual=False)
+    model = getattr(models, name)(weights=None, zero_init_residual=False)
     conv1, maxpool = model.conv1, model.maxpool
     if small_image_stem:
         conv1, maxpool = _stem(width, small_image_stem)

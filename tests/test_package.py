@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from encoded import encoded, picture
 
+from cossl.tools import cli
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -131,3 +133,10 @@ def test_imports_keep_their_direction_and_have_no_side_effects() -> None:
     state = "(torch.get_num_threads(), torch.initial_seed())"
     code = f"import torch; before = {state}; import cossl.train; assert before == {state}"
     assert run(sys.executable, "-c", code, cwd=ROOT) == ""
+
+
+def test_help_waits_for_no_network_to_be_built() -> None:
+    """torchvision brings torch._dynamo, a second of imports, and timm brings torchvision: only what builds a network takes them."""
+    verbs = {verb: module for verb, (module, _, _) in cli.VERBS.items() if verb in ("train", "eval", "export", "robustness", "locality")}
+    code = f"import sys, importlib\nfor module in {sorted(set(verbs.values()))}: importlib.import_module(module)\n"
+    assert run(sys.executable, "-c", f"{code}print({{'torchvision', 'timm', 'torch._dynamo'}} & set(sys.modules))", cwd=ROOT) == "set()\n"

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-import torchvision
 import tyro
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -88,8 +87,10 @@ class Plain(NamedTuple):
 
 def plain(backbone: ResNet, name: str) -> Plain:
     """The backbone as torchvision's network. ValueError if that has no such width."""
+    from torchvision import models
+
     with torch.device("meta"):
-        theirs = getattr(torchvision.models, FAMILIES[name])(weights=None)
+        theirs = getattr(models, FAMILIES[name])(weights=None)
     state, narrowed, changes = dict(backbone.state_dict()), [], _stem_changes(backbone)
     if (width := state["conv1.weight"].shape[0]) != theirs.conv1.out_channels:
         raise ValueError(f"{FAMILIES[name]} is {theirs.conv1.out_channels} wide, this backbone {width}")
