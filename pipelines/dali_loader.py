@@ -75,7 +75,7 @@ class EncodedPictures:
         self.pictures = open_pictures(path)
 
     def open(self, index: int) -> Image.Image:
-        """The picture as Pillow decodes it, upright RGB. Raises RuntimeError or ValueError naming a broken one."""
+        """The picture as Pillow decodes it, upright RGB. Raises OSError or ValueError naming a broken one."""
         with _pillow:
             return self.pictures.open(index)
 
@@ -273,7 +273,7 @@ class DaliLoader:
         try:
             for index in step.index.tolist():
                 self.encoded.open(index)
-        except (RuntimeError, ValueError) as named:
+        except (OSError, RuntimeError, ValueError) as named:
             return named
         said = str(error).partition("encountered:")[2].strip() or str(error)
         return RuntimeError(f"DALI cannot render a batch that Pillow can read ({said.splitlines()[0]}): use the torch loader")

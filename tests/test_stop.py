@@ -28,6 +28,15 @@ from cossl.pipelines.views import byol
 # ------------------------------------------------------------------------------------------------- when it should stop
 
 
+@pytest.fixture(autouse=True)
+def handlers_of_before() -> Iterator[None]:
+    """A run that stops leaves its process deaf to a second signal, for the rest of its life; this process has other tests to run."""
+    before = {number: signal.getsignal(number) for number in run_folder.STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def heard() -> Iterator[list[int]]:
     """The stop signals that handlers of before the block have been called for."""
