@@ -15,6 +15,7 @@ from report_pages import DEMO, HOSTILE, RESULTS, START, Page, filled, make_run, 
 from cossl.models.flags import sealed
 from cossl.tools import report_page
 from cossl.tools.report import runs_report
+from cossl.tools.report_charts import Line, chart
 
 
 @pytest.mark.parametrize("word", HOSTILE)
@@ -141,3 +142,8 @@ def test_whatever_the_files_hold_there_is_a_page(tmp_path_factory: pytest.TempPa
     }
     runs = [make_run(folder / "a", **files), make_run(folder / "b")]
     Page(runs_report(runs[: data.draw(st.integers(1, 2))]))
+
+
+@pytest.mark.parametrize("x", [-16777217.0, -1e300, 0.0, 1e300])
+def test_a_line_of_one_point_anywhere_is_drawn(x: float) -> None:
+    assert "circle" in chart("kNN", [Line("a", [(x, 1.0)])])

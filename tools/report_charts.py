@@ -51,7 +51,8 @@ def _draw(lines: Sequence[Line], x_label: str, from_zero: bool) -> Html:
     xs = [x for line in lines for x, y in line.points if y is not None]
     ys = [y for line in lines for _, y in line.points if y is not None]
     x_ticks, y_ticks = ticks(min(0.0, *xs), max(xs), 5), ticks(min(0.0, *ys) if from_zero else min(ys), max(ys), 4)
-    x_low, x_high = min(0.0, *xs), max(max(xs), min(0.0, *xs) + 1e-9)
+    x_low = min(0.0, *xs)
+    x_high = max(max(xs), x_low + 1e-9 * max(1.0, -x_low))  # where all are one number, which may be a damaged line's
     y_low, y_high = y_ticks[0], y_ticks[-1]
 
     def place(x: float, y: float) -> tuple[float, float]:
