@@ -335,3 +335,13 @@ def test_a_broken_picture_is_one_line(run: Path, tmp_path: Path, workers: str) -
     broken.write_bytes(broken.read_bytes()[:200])
     with pytest.raises(OSError, match=f"^cannot read {broken}: [^\\n]+ or run `cossl convert`, which sets broken pictures aside$"):
         eval_main([str(run), "--tasks", "knn", "--data", str(data), "--workers", workers])
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_broken_picture_of_a_torchvision_set_is_one_line(run: Path, tmp_path: Path, workers: str) -> None:
+    from test_evaluate import fake_dtd
+
+    (_, broken), *_ = fake_dtd(tmp_path)
+    broken.write_bytes(broken.read_bytes()[:200])
+    with pytest.raises(OSError, match=r"^cannot read picture 0 of DTD: [^\n]+\. Unpack the set anew$"):
+        eval_main([str(run), "--tasks", "knn", "--dataset", "dtd", "--dataset-root", str(tmp_path), "--workers", workers])

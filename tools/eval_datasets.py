@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from cossl.pipelines.torch_loader import UnreadablePicture
+
 Build = Callable[..., Any]
 
 
@@ -66,7 +68,12 @@ class DatasetPictures:
 
     def open(self, index: int) -> Image.Image:
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self.parts[part][index - int(self._starts[part])][0].convert("RGB")
+        try:
+            return self.parts[part][index - int(self._starts[part])][0].convert("RGB")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: Pillow's, of a broken PNG
+            raise UnreadablePicture(
+                f"cannot read picture {index} of {type(self.parts[part]).__name__}: {error}. Unpack the set anew"
+            ) from None
 
 
 def _labels(part: Any) -> np.ndarray:
