@@ -296,7 +296,7 @@ class SlurmCluster:
 
         def waits_alone() -> bool:
             listed = self.run("squeue", "--array", "--noheader", f"--job={job}", "--format=%A %T %r").split()
-            return listed[1:] == ["PENDING", "BeginTime"] and not self._steps_alive(listed[0])
+            return listed[1:] == ["PENDING", "BeginTime"] and not self._steps_alive(listed[0]) and not self._is_ending(listed[0])
 
         self.wait_for(waits_alone, timeout_s, f"requeue of job {job}")
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
@@ -306,6 +306,15 @@ class SlurmCluster:
         titles = {path.parent: _read(path) for path in Path("/proc").glob("[0-9]*/cmdline")}
         steps = [place for place, title in titles.items() if title.startswith(f"slurmstepd: [{number}.")]
         return any(f"SLURM_CONF={self.env['SLURM_CONF']}" in _read(place / "environ").split("\0") for place in steps)
+
+    def _is_ending(self, number: str) -> bool:
+        """Whether a node that lives still ends this job: up to a second after the last step's process is gone, which its log tells."""
+        logs = (_read(self.folder / "log" / f"slurmd-{node}.log") for node in self.nodes if node in self.processes)
+        for since in (log.rpartition(" started on ")[2] for log in logs):  # the node's last start
+            over = (f"JobId={number}: sent epilog complete msg", f"job {number} requeued, but started no tasks")
+            if since.rfind(f"_rpc_terminate_job: uid = 0 JobId={number}\n") > max(map(since.rfind, over)):
+                return True
+        return False
 
 
 def _read(path: Path) -> str:
