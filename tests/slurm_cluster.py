@@ -78,6 +78,10 @@ def why_not(accounting: str = "none") -> str | None:
     return f"root gets no namespaces here ({trial.stderr.strip()}): a container needs --privileged" if trial.returncode else None
 
 
+NODE_KNOWS_S = 2.5
+"""After so long a node knows that a step is over."""
+
+
 class SlurmCluster:
     """Nodes n1, n2, ... of `cpus` CPUs and `gpus` GPUs each, all in the partitions main and high; a job in high preempts those in main.
 
@@ -291,12 +295,17 @@ class SlurmCluster:
     def boost(self, job: str, timeout_s: float = 60) -> None:
         """Let a requeued job (or element, "8_0") start now and not 120 s later, as Slurm has it. Wait for the requeue to happen first.
 
-        Earlier, the new start would meet the old one's step: Slurm would hold the job and drain the node.
+        Earlier, the new start would meet the old one's step: Slurm would hold the job and drain the node. Nor right after that step's
+        process is gone: its node asks once a second whether it is, and refuses the new start until it knows.
         """
+        seen = time.monotonic()  # when the job last was not waiting, or had a step
 
         def waits_alone() -> bool:
+            nonlocal seen
             listed = self.run("squeue", "--array", "--noheader", f"--job={job}", "--format=%A %T %r").split()
-            return listed[1:] == ["PENDING", "BeginTime"] and not self._steps_alive(listed[0]) and not self._is_ending(listed[0])
+            if listed[1:] != ["PENDING", "BeginTime"] or self._steps_alive(listed[0]):
+                seen = time.monotonic()
+            return time.monotonic() - seen > NODE_KNOWS_S
 
         self.wait_for(waits_alone, timeout_s, f"requeue of job {job}")
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
@@ -306,15 +315,6 @@ class SlurmCluster:
         titles = {path.parent: _read(path) for path in Path("/proc").glob("[0-9]*/cmdline")}
         steps = [place for place, title in titles.items() if title.startswith(f"slurmstepd: [{number}.")]
         return any(f"SLURM_CONF={self.env['SLURM_CONF']}" in _read(place / "environ").split("\0") for place in steps)
-
-    def _is_ending(self, number: str) -> bool:
-        """Whether a node that lives still ends this job: up to a second after the last step's process is gone, which its log tells."""
-        logs = (_read(self.folder / "log" / f"slurmd-{node}.log") for node in self.nodes if node in self.processes)
-        for since in (log.rpartition(" started on ")[2] for log in logs):  # the node's last start
-            over = (f"JobId={number}: sent epilog complete msg", f"job {number} requeued, but started no tasks")
-            if since.rfind(f"_rpc_terminate_job: uid = 0 JobId={number}\n") > max(map(since.rfind, over)):
-                return True
-        return False
 
 
 def _read(path: Path) -> str:
